@@ -1,0 +1,51 @@
+"""Progress of long work on stderr: how far, how fast, how long yet."""
+
+import sys
+import time
+
+
+class Progress:
+  """Counts `total` units of work and says where it stands, at most twice a second.
+
+  On a terminal one line is redrawn; elsewhere (a log file, CI) a line is printed every
+  `log_every_s` seconds, so that a log stays short.
+  """
+
+  def __init__(self, label: str, total: int, done: int = 0, *, log_every_s: float = 10.0):
+    self.label, self.total, self.done = label, max(total, 1), done
+    self._began_s, self._began_at = time.monotonic(), done
+    self._terminal = sys.stderr.isatty()
+    self._every_s = 0.5 if self._terminal else log_every_s
+    self._said_s = self._began_s - self._every_s + min(2.0, self._every_s)
+
+  def advance(self, units: int = 1, note: str = "") -> None:
+    self.done += units
+    now = time.monotonic()
+    if now - self._said_s >= self._every_s:
+      self._said_s = now
+      self._say(note)
+
+  def close(self, note: str = "") -> None:
+    took = time.monotonic() - self._began_s
+    self._write(f"{self.label}: {self.done}/{self.total} in {duration(took)} {note}".rstrip(), end=True)
+
+  def _say(self, note: str) -> None:
+    rate = (self.done - self._began_at) / max(time.monotonic() - self._began_s, 1e-9)
+    left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+    self._write(f"{self.label}: {self.done}/{self.total}, {rate:.1f}/s, {left} left {note}".rstrip())
+
+  def _write(self, line: str, *, end: bool = False) -> None:
+    if self._terminal:
+      sys.stderr.write("\r\x1b[K" + line + ("\n" if end else ""))
+    else:
+      sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+  """`75.2` -> `1m15s`."""
+  whole = round(max(seconds, 0))
+  hours, minutes = whole // 3600, whole // 60 % 60
+  if hours:
+    return f"{hours}h{minutes:02d}m"
+  return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
