@@ -1,0 +1,33 @@
+"""What every test stands on: two host devices, no silent broadcasts, and the reference data.
+
+Golden values, clips and pretrained models lie beside the checkout where the project is
+developed. Elsewhere the tests that need them skip and say so; in CI a missing file is an error.
+"""
+
+import os
+import pathlib
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+if (SHARED / "models").is_dir():
+  os.environ.setdefault("UAJAX_MODELS", str(SHARED / "models"))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shared():
+  """`shared("golden/scene.py")` is that file's path; skips where the folder is not at hand."""
+
+  def find(name: str) -> pathlib.Path:
+    path = SHARED / name
+    if not path.exists():
+      if os.environ.get("CI"):
+        pytest.fail(f"{path} is missing: CI must hold the reference data")
+      pytest.skip(f"reference data {name} is not at hand")
+    return path
+
+  return find
