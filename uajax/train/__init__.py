@@ -1,0 +1,1 @@
+"""Training: three stages through one loop."""

@@ -1,0 +1,64 @@
+# Every command there is. Variables: DEVICE=cuda13|cuda12|tpu for setup; SUBJECT, RUN, VIDEO, AUDIO, OUT, EXPERIMENT, PRESET, ARGS.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEVICE ?= cpu
+SUBJECT ?= data/subject
+RUN ?= runs/subject
+PRESET ?= quick
+ARGS ?=
+
+.PHONY: setup demo test test-device test-all lint format bench doctor preprocess extract train synthesize evaluate export clean
+
+setup:  ## creates .venv and installs everything; DEVICE adds the accelerator's JAX plugin
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(if $(filter-out cpu,$(DEVICE)),"jax[$(DEVICE)]")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/uajax doctor
+
+demo:  ## a procedural person from nothing to a talking video in demo/, on any CPU
+	$(BIN)/uajax demo --out demo
+
+test:
+	$(BIN)/python -m pytest -m "not device and not slow" $(ARGS)
+
+test-device:  ## the kernels on the accelerator at hand
+	JAX_PLATFORMS= $(BIN)/python -m pytest -m device $(ARGS)
+
+test-all:
+	$(BIN)/python -m pytest $(ARGS)
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format:
+	$(BIN)/ruff check --fix .
+
+bench:
+	$(BIN)/python -m kernels.splat.bench $(ARGS)
+
+doctor:
+	$(BIN)/uajax doctor
+
+preprocess:  ## VIDEO=me.mp4 SUBJECT=data/me
+	$(BIN)/uajax preprocess $(VIDEO) --out $(SUBJECT) $(ARGS)
+
+extract:
+	$(BIN)/uajax extract $(SUBJECT) $(ARGS)
+
+train:  ## SUBJECT=data/me RUN=runs/me PRESET=quick|paper, or EXPERIMENT=experiments/x.py
+	$(BIN)/uajax train $(SUBJECT) --workdir $(RUN) $(if $(EXPERIMENT),--experiment $(EXPERIMENT),--preset $(PRESET)) $(ARGS)
+
+synthesize:  ## RUN=runs/me AUDIO=speech.wav OUT=talk.mp4
+	$(BIN)/uajax synthesize $(RUN) --audio $(AUDIO) --out $(OUT) $(ARGS)
+
+evaluate:
+	$(BIN)/uajax evaluate $(RUN) $(ARGS)
+
+export:  ## RUN=runs/me OUT=me.npz ARGS="--format npz"
+	$(BIN)/uajax export $(RUN) --out $(OUT) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
