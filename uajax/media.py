@@ -1,0 +1,374 @@
+"""Sound and moving pictures: decoded onto the project's clock, encoded into files (PyAV).
+
+Pictures come at an even rate by their timestamps, sound as 16 kHz mono on the same time
+axis: sample 0 is heard with frame 0. Everything is streamed, so length costs no memory
+(sound: 64 kB a second).
+
+Axes: h w pixels, n samples.
+"""
+
+import math
+import os
+import pathlib
+import wave
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from uajax.errors import UserError
+from uajax.saving import aside
+from uajax.types import FPS, SAMPLE_RATE_HZ
+
+if TYPE_CHECKING:
+  import av.container
+
+# PyAV is imported where it is used: WAV files are read and written without it.
+
+_SILENT = 1e-3  # peak amplitude below which nothing is heard (-60 dB)
+_MISSING_S = 0.5  # what may lack at the end of a file before it counts as cut off
+
+
+class VideoInfo(NamedTuple):
+  """What a video file says of itself."""
+
+  width: int  # as displayed, after any rotation
+  height: int
+  fps: float  # average
+  frames: int  # in the file; estimated where the container does not say
+  duration_s: float
+  has_audio: bool
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+  """Reads the headers and the first frame.
+
+  Raises:
+    UserError: missing, not a video, or nothing of it can be decoded.
+  """
+  with _open(path) as container:
+    stream = _video_stream(container, path)
+    frame = next(_decode(container, stream, path, check_end=False), None)
+    if frame is None:
+      raise UserError(f"{path} holds no picture that can be decoded: check or re-encode the file")
+    width, height = frame.width, frame.height
+    if round(frame.rotation / 90) % 2:
+      width, height = height, width
+    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    duration_s = _duration_s(container, stream) or 0.0
+    frames = stream.frames or round(duration_s * fps)
+    return VideoInfo(width, height, fps, frames, duration_s, bool(container.streams.audio))
+
+
+def read_frames(path: str | os.PathLike, *, fps: float = FPS) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+  """The pictures at an even `fps`: each tick shows the frame nearest in time.
+
+  Opens the file at once (so that a wrong one fails here) and decodes as it is iterated.
+
+  Raises:
+    UserError: missing, not a video; while iterating: cut off (with the number of frames read).
+  """
+  probe(path)
+  return _ticks(path, fps)
+
+
+def _ticks(path, fps) -> Iterator[np.ndarray]:
+  with _open(path) as container:
+    stream = _video_stream(container, path)
+    usual_s = 1 / float(stream.average_rate or fps)
+    tick, begin_s, shown, shown_s = 0, 0.0, None, 0.0
+
+    def ticks_until(time_s: float) -> Iterator[np.ndarray]:
+      nonlocal tick
+      if tick / fps < time_s:
+        picture = _picture(shown)  # converted once, and only if it is seen
+        while tick / fps < time_s:
+          yield picture
+          tick += 1
+
+    for frame in _decode(container, stream, path):
+      time_s = frame.time if frame.time is not None else begin_s + shown_s + usual_s
+      begin_s = time_s if shown is None else begin_s
+      time_s -= begin_s
+      if shown is not None:
+        yield from ticks_until((shown_s + time_s) / 2)
+      shown, shown_s = frame, time_s
+    if shown is not None:
+      length_s = float(shown.duration * shown.time_base) if shown.duration else usual_s
+      yield from ticks_until((max(1, round((shown_s + length_s) * fps)) - 0.5) / fps)
+
+
+def _picture(frame) -> np.ndarray:
+  """RGB, upright."""
+  turns = round(frame.rotation / 90) % 4
+  return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+
+
+def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ) -> Float32[np.ndarray, " n"]:
+  """The sound of a sound or video file: the mean of its channels at `rate`, in [-1, 1].
+
+  In a video, sample 0 belongs to the first picture: sound that starts later is preceded by
+  silence, sound before the first picture is cut.
+
+  Raises:
+    UserError: missing, no sound in it, 0 s long, cut off or not decodable.
+  """
+  import av
+
+  with _open(path) as container:
+    _require_whole_riff(path)
+    if not container.streams.audio:
+      raise UserError(f"{path} holds no sound: give a file with an audio track")
+    stream = container.streams.audio[0]
+    # "mono" would weigh channels by a surround matrix; their mean cannot clip.
+    resampler = av.AudioResampler(format="fltp", rate=rate)
+    chunks, first_s = [], None
+    for frame in _decode(container, stream, path):
+      first_s = frame.time if first_s is None else first_s
+      chunks += [_mono(out) for out in resampler.resample(frame)]
+    if first_s is not None:
+      chunks += [_mono(out) for out in resampler.resample(None)]
+    samples = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+    if not samples.size:
+      raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
+    video = next(iter(_moving(container)), None)
+    if video is not None:
+      begin_s = float((video.start_time or 0) * video.time_base)
+      late = round(((first_s or 0.0) - begin_s) * rate)
+      samples = np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
+    # Codecs fill their last block; the container knows where the sound ends.
+    if stream.duration:
+      samples = samples[: max(1, math.ceil(float(stream.duration * stream.time_base) * rate - 1e-6))]
+    return np.clip(np.nan_to_num(samples), -1, 1).astype(np.float32)
+
+
+def _mono(frame) -> np.ndarray:
+  return frame.to_ndarray().mean(axis=0, dtype=np.float32)
+
+
+def check_speech(samples: Float32[np.ndarray, " n"], path: str | os.PathLike) -> None:
+  """Refuses sound in which nothing can be heard.
+
+  Raises:
+    UserError: 0 s long, not finite, or silent.
+  """
+  if samples.ndim != 1 or not samples.size:
+    raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
+  if not np.isfinite(samples).all():
+    raise UserError(f"{path} holds samples that are not finite: re-encode the file")
+  if np.abs(samples).max() < _SILENT:
+    raise UserError(f"{path} is silent: give a recording of speech")
+
+
+def write_video(
+  path: str | os.PathLike,
+  frames: Iterable[UInt8[np.ndarray, "h w 3"]],
+  fps: int = FPS,
+  audio: Float32[np.ndarray, " n"] | None = None,
+  rate: int = SAMPLE_RATE_HZ,
+  quality: int = 16,
+) -> int:
+  """Writes an MP4 (H.264 yuv420p, AAC) that any player shows; returns the frame count.
+
+  The sound is cut or filled with silence to the length of the pictures. Odd sizes are padded
+  by repeating the last row or column. `quality` is x264's crf: lower is better, 0..51.
+  The file appears when it is whole, or not at all.
+
+  Raises:
+    UserError: no frames, a full disk, a place that cannot be written.
+    ValueError: a frame of another size or type than the first.
+  """
+  import av
+  from av.video.reformatter import ColorRange, Colorspace
+
+  count = 0
+  with aside(path) as partial, av.open(
+    str(partial), "w", format="mp4", options={"movflags": "+faststart"}
+  ) as container:
+    picture = sound = shape = None
+    for frame in frames:
+      frame = np.asarray(frame)
+      if picture is None:
+        if frame.ndim != 3 or frame.shape[2] != 3:
+          raise ValueError(f"frames are uint8 [h w 3], not {frame.dtype} {frame.shape}")
+        shape = frame.shape
+        picture = container.add_stream(
+          "libx264", rate=fps, options={"crf": str(quality), "preset": "fast"}
+        )
+        picture.height, picture.width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
+        picture.pix_fmt = "yuv420p"
+        coder = picture.codec_context
+        coder.colorspace, coder.color_primaries, coder.color_trc = 1, 1, 1  # BT.709
+        coder.color_range = ColorRange.MPEG
+        if audio is not None:
+          sound = _Sound(container, audio, rate)
+      if frame.shape != shape or frame.dtype != np.uint8:
+        raise ValueError(f"frame {count} is {frame.dtype} {frame.shape}, the first was {shape}")
+      even = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
+      image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709
+      )
+      image.pts = count
+      container.mux(picture.encode(image))
+      count += 1
+      if sound is not None:
+        sound.write_until(count / fps)
+    if picture is None:
+      raise UserError(f"{path} was not written: there are no frames for it")
+    container.mux(picture.encode(None))
+    if sound is not None:
+      sound.close()
+  return count
+
+
+class _Sound:
+  """An AAC track written along with the pictures, so that both lie side by side in the file."""
+
+  def __init__(self, container: "av.container.OutputContainer", samples, rate: int):
+    samples = np.asarray(samples, np.float32)
+    if samples.ndim != 1:
+      raise ValueError(f"audio is mono [n], not {samples.shape}")
+    self._container, self._samples, self._rate, self._at = container, samples, rate, 0
+    self._stream = container.add_stream("aac", rate=rate, layout="mono")
+    self._stream.codec_context.bit_rate = 128_000
+
+  def write_until(self, time_s: float) -> None:
+    import av
+
+    end = round(time_s * self._rate)
+    chunk = self._samples[self._at : end]
+    chunk = np.clip(np.pad(chunk, (0, end - self._at - len(chunk))), -1, 1)
+    frame = av.AudioFrame.from_ndarray(chunk[None, :], format="fltp", layout="mono")
+    frame.sample_rate, frame.pts = self._rate, self._at
+    self._container.mux(self._stream.encode(frame))
+    self._at = end
+
+  def close(self) -> None:
+    self._container.mux(self._stream.encode(None))
+
+
+def write_wav(
+  path: str | os.PathLike, samples: Float32[np.ndarray, " n"], rate: int = SAMPLE_RATE_HZ
+) -> None:
+  """Writes 16-bit mono PCM, whole or not at all. Samples in [-1, 1]; louder ones are clipped."""
+  whole = np.clip(np.round(np.asarray(samples, np.float64) * 32768), -32768, 32767)
+  with aside(path) as partial, wave.open(str(partial), "wb") as file:
+    file.setnchannels(1)
+    file.setsampwidth(2)
+    file.setframerate(rate)
+    file.writeframes(whole.astype("<i2").tobytes())
+
+
+def read_wav(path: str | os.PathLike) -> tuple[Float32[np.ndarray, " n"], int]:
+  """Samples and rate of a 16-bit PCM file such as `write_wav` makes, without PyAV.
+
+  Channels are averaged. For files from anywhere else use `read_audio`.
+
+  Raises:
+    UserError: missing, or not 16-bit PCM.
+  """
+  _require_file(path)
+  try:
+    with wave.open(str(path), "rb") as file:
+      if file.getsampwidth() != 2:
+        raise wave.Error("not 16 bits a sample")
+      rate, channels = file.getframerate(), file.getnchannels()
+      pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+  except (wave.Error, EOFError) as error:
+    raise UserError(f"{path} is not a 16-bit WAV file ({error}): re-encode it") from error
+  pcm = pcm[: len(pcm) // channels * channels].reshape(-1, channels)
+  return pcm.mean(axis=1, dtype=np.float32) / np.float32(32768), rate
+
+
+def _require_file(path) -> None:
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise UserError(f"{path} is a folder: give a sound or video file")
+  if not path.is_file():
+    raise UserError(f"{path} does not exist: check the name")
+  if not path.stat().st_size:
+    raise UserError(f"{path} is empty: give a sound or video file")
+
+
+def _open(path) -> "av.container.InputContainer":
+  import av
+
+  _require_file(path)
+  try:
+    # A file whatever its name: "concat:" or "http:" in a name must not reach the protocols.
+    return av.open(f"file:{os.fspath(path)}", metadata_errors="ignore")
+  except PermissionError as error:
+    raise UserError(f"{path} cannot be read: check its permissions") from error
+  except av.error.FFmpegError as error:
+    raise UserError(
+      f"{path} is not a sound or video file, or is cut off at its start or end: check the file"
+    ) from error
+
+
+def _require_whole_riff(path) -> None:
+  """A WAV file states its size at its head; decoders pass over what lacks."""
+  with open(path, "rb") as file:
+    head = file.read(8)
+  stated, there = int.from_bytes(head[4:8], "little") + 8, os.path.getsize(path)
+  if head[:4] == b"RIFF" and there + 1024 < stated < 2**32 - 1:  # the largest: streamed, unknown
+    raise UserError(
+      f"{path} is cut off: it holds {there} of {stated} bytes: get the whole file or re-encode it"
+    )
+
+
+def _moving(container) -> Iterator:
+  """The video streams that are no cover pictures."""
+  from av.stream import Disposition
+
+  for stream in container.streams.video:
+    if not stream.disposition & Disposition.attached_pic:
+      yield stream
+
+
+def _video_stream(container, path):
+  name = container.format.name
+  stream = next(_moving(container), None)
+  if stream is None or name.endswith("_pipe") or name in ("image2", "tty"):
+    raise UserError(f"{path} is not a video: give a file with moving pictures")
+  stream.thread_type = "AUTO"
+  return stream
+
+
+def _duration_s(container, stream) -> float | None:
+  if stream.duration:
+    return float(stream.duration * stream.time_base)
+  return container.duration / 1e6 if container.duration else None
+
+
+def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
+  """Frames of one stream. Says so where the file ends before its header says."""
+  import av
+
+  count, reached_s = 0, 0.0
+
+  def cut_off(found) -> UserError:
+    unit = f"{count} frames" if stream.type == "video" else f"{reached_s:.1f} s of sound"
+    return UserError(
+      f"{path} is cut off or damaged{found}: {unit} could be read: get the whole file or re-encode it"
+    )
+
+  try:
+    for packet in container.demux(stream):
+      for frame in packet.decode():
+        count += 1
+        if frame.time is not None:
+          length_s = 0.0
+          if stream.type == "audio":
+            length_s = frame.samples / frame.sample_rate
+          elif frame.duration:
+            length_s = float(frame.duration * frame.time_base)
+          reached_s = max(reached_s, frame.time + length_s)
+        yield frame
+  except av.error.FFmpegError as error:
+    raise cut_off("") from error
+  if check_end and stream.duration:
+    # Only where the stream itself states its length: a container's is that of its longest.
+    whole_s = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    if whole_s - reached_s > max(_MISSING_S, 0.01 * whole_s):
+      raise cut_off(f" after {reached_s:.1f} of {whole_s:.1f} s")
