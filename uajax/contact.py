@@ -4,7 +4,6 @@ A contact sheet has one row a frame and one column a kind of picture (truth, ren
 Axes: h w pixels. Everything here is NumPy on the host; files are written aside, then renamed.
 """
 
-import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image as Picture
 from PIL import ImageDraw
+
+from uajax import saving
 
 GAP_PX = 4
 STRIP_PX = 14  # a line of text
@@ -119,21 +120,8 @@ def write_curves(
 def write_png(path: str | os.PathLike, image: np.ndarray) -> pathlib.Path:
   """uint8 [h w 3] or [h w] -> PNG file, whole or not at all. Makes the folder."""
   path = pathlib.Path(path)
-  encoded = io.BytesIO()
-  Picture.fromarray(np.ascontiguousarray(image)).save(encoded, "PNG")
-  return write_bytes(path, encoded.getvalue())
-
-
-def write_bytes(path: str | os.PathLike, content: bytes) -> pathlib.Path:
-  """Writes beside `path`, then renames, so that a full disk leaves the old file as it was."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    aside.write_bytes(content)
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)
+  with saving.aside(path) as partial:
+    Picture.fromarray(np.ascontiguousarray(image)).save(partial, "PNG")
   return path
 
 

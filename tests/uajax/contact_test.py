@@ -40,15 +40,3 @@ def test_difference_is_amplified_and_saturates():
 def test_curves_survive_what_is_not_finite(tmp_path):
   path = contact.write_curves(tmp_path / "c.png", {"loss": ([0, 1, 2], [1.0, np.nan, 0.5])})
   assert Picture.open(path).size[0] > 400
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-  path = contact.write_bytes(tmp_path / "a.bin", b"old")
-
-  def full(*_):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(contact.os, "replace", full)
-  with pytest.raises(OSError):
-    contact.write_bytes(path, b"new")
-  assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,380 @@
+"""The command `uajax`: parses, calls, says what came of it, and nothing else.
+
+One frozen dataclass a command: its fields are the arguments, their comments the help, `run`
+does the work and returns the exit status. Heavy modules are imported in `run`, so that help
+and wrong use answer at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from uajax import config
+from uajax.errors import UserError
+
+Path = pathlib.Path
+Preset = Literal["demo", "quick", "paper"]
+
+LATER = {
+  "view": "the interactive viewer",
+  "sweep": "sweeps over many configurations",
+}
+
+
+class WrongUse(Exception):
+  """Arguments that parse but do not go together. Exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """Turn a video of one talking person into a subject folder (resumable)."""
+
+  video: Positional[Path]  # any video that FFmpeg can read: one person, speaking, all the time
+  out: Path  # the subject folder to make
+
+  def run(self) -> int:
+    from uajax.preprocess import pipeline
+
+    pipeline.run(self.video, self.out, pipeline.Settings())
+    print(f"subject folder: {self.out}; next: uajax extract {self.out}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Extract:
+  """Priors and emotion of every frame: trains or loads the extractors, writes the features."""
+
+  subject: Positional[Path]  # a subject folder
+
+  def run(self) -> int:
+    from uajax.priors import extract
+
+    extract.train(self.subject, extract.Settings())
+    print(f"features in {self.subject}; next: uajax train {self.subject} --workdir RUN")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """Train the three stages on a subject; continues where the run folder stands."""
+
+  subject: Positional[Path]  # a subject folder, features extracted
+  workdir: Path  # the run folder: made, or continued
+  config: Annotated[config.Experiment, arg(name="")]
+  preset: Preset = "quick"  # demo: CPU, minutes; quick: a GPU, minutes; paper: as published
+  experiment: Path | None = None  # a Python file with get_config() -> Experiment, not a preset
+
+  def run(self) -> int:
+    from uajax.train import loop
+
+    loop.train(self.subject, self.workdir, self.config)
+    print(f"run folder: {self.workdir}; next: uajax evaluate {self.workdir}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthesize:
+  """Make the person of a run say a recording, as a film with sound."""
+
+  run_path: Annotated[Positional[Path], arg(metavar="RUN")]  # a run folder
+  audio: Path  # speech: any sound or video file
+  out: Path  # the .mp4 to write
+  emotion: str | None = None  # a name; a wrong one lists those known. None: as it sounds
+  intensity: float = 1.0  # of the named emotion: 0 none, 1 full
+  emotion_reference: Path | None = None  # take the emotion of this recording
+  blink: Literal["auto", "none"] = "auto"  # natural blinks, or open eyes
+  uncertainty: Path | None = None  # a second .mp4: how unsure the motion is, pixel by pixel
+  background: Literal["subject", "black", "white", "green"] = "subject"  # behind the head
+  subject: Path | None = None  # where the subject folder lies now, if it was moved
+  seed: int = 0  # of the blinks
+
+  def run(self) -> int:
+    if self.emotion and self.emotion_reference:
+      raise WrongUse("--emotion and --emotion-reference exclude each other: give one of them")
+    from uajax import synthesize
+
+    made = synthesize.synthesize(
+      self.run_path,
+      self.audio,
+      self.out,
+      emotion=self.emotion,
+      intensity=self.intensity,
+      emotion_reference=self.emotion_reference,
+      blink=self.blink,
+      uncertainty=self.uncertainty,
+      subject=self.subject,
+      background=self.background,
+      seed=self.seed,
+    )
+    also = f", uncertainty in {self.uncertainty}" if self.uncertainty else ""
+    print(f"{self.out}: {made.frames} frames, {made.duration_s:.2f} s{also}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """Measure a run on frames it has not seen, or one film against another."""
+
+  run_path: Annotated[Positional[Path | None], arg(metavar="RUN")] = None  # a run folder
+  split: Literal["val", "train"] = "val"  # which frames of its subject
+  out: Path | None = None  # the report to write (default: RUN/evaluation_SPLIT.json)
+  pred: Path | None = None  # instead of RUN: a film ...
+  truth: Path | None = None  # ... and what it should look like
+  subject: Path | None = None  # where the subject folder lies now, if it was moved
+
+  def run(self) -> int:
+    films = (self.pred, self.truth)
+    if (self.run_path is None) == (films == (None, None)) or films.count(None) == 1:
+      raise WrongUse("evaluate needs either RUN or both --pred A.mp4 and --truth B.mp4")
+    from uajax import evaluate
+
+    if self.run_path is not None:
+      report = evaluate.evaluate(self.run_path, self.split, self.out, subject=self.subject)
+    else:
+      assert self.pred is not None and self.truth is not None
+      report = evaluate.compare(self.pred, self.truth, self.out)
+    print(evaluate.summarize(report))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """Write the avatar of a run for other programs."""
+
+  run_path: Annotated[Positional[Path], arg(metavar="RUN")]  # a run folder
+  format: Literal["npz", "ply", "safetensors", "stablehlo"]  # ply: splats at rest, one file a layer
+  out: Path  # the file to write (ply of both layers: NAME_face.ply and NAME_mouth.ply)
+  layer: Literal["both", "face", "mouth"] = "both"  # of a ply
+
+  def run(self) -> int:
+    from uajax import export
+
+    for path in export.export(self.run_path, self.format, self.out, layer=self.layer):
+      print(path)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOfficial:
+  """Turn an official UA-3DTalk or TalkingGaussian checkpoint into a run folder."""
+
+  checkpoint: Positional[Path]  # chkpnt_fuse_latest.pth
+  out: Path  # the run folder to make
+  subject: Path | None = None  # the subject folder it was trained on, for synthesize and evaluate
+
+  def run(self) -> int:
+    from uajax import interop, runs
+
+    runs.adopt(self.out, interop.load_official(self.checkpoint), self.checkpoint, self.subject)
+    print(f"run folder: {self.out}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+  """Make a procedural talking person with known truth, as a subject folder."""
+
+  out: Positional[Path]  # the subject folder to make
+
+  def run(self) -> int:
+    from uajax.data import synthetic
+
+    synthetic.make(self.out)
+    print(f"subject folder: {self.out}; next: uajax extract {self.out}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+  """From nothing to a talking video of a procedural person, on any CPU in minutes."""
+
+  out: Path = Path("demo")  # the folder for the film, the pictures and the report
+
+  def run(self) -> int:
+    from uajax import demo
+
+    demo.run(self.out)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+  """Say what this machine can do and what is missing, each with its remedy."""
+
+  def run(self) -> int:
+    from uajax import doctor
+
+    findings = doctor.examine()
+    for finding in findings:
+      print(finding)
+    return 0 if doctor.healthy(findings) else 1
+
+
+COMMANDS: dict[str, type] = {
+  "preprocess": Preprocess,
+  "extract": Extract,
+  "train": Train,
+  "synthesize": Synthesize,
+  "evaluate": Evaluate,
+  "export": Export,
+  "import-official": ImportOfficial,
+  "synthetic": Synthetic,
+  "demo": Demo,
+  "doctor": Doctor,
+}
+
+DESCRIPTION = """Emotional 3D talking faces from Gaussians.
+
+Every command answers --help. Errors come in one line; --debug anywhere adds the traceback.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command. Returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+  words = list(sys.argv[1:] if argv is None else argv)
+  debug = "--debug" in words
+  words = [word for word in words if word != "--debug"]
+  if words and words[0] in LATER:
+    return _fail(f"`uajax {words[0]}` ({LATER[words[0]]}) comes with a later version", 2)
+  _keep_compiled()
+  try:
+    command = parse(words)
+    return command.run()
+  except SystemExit as stop:  # --help
+    return stop.code if isinstance(stop.code, int) else 0
+  except WrongUse as error:
+    return _fail(str(error), 2)
+  except KeyboardInterrupt:
+    again = "the same command continues it" if words[:1] == ["train"] else "nothing was half-written"
+    return _fail(f"interrupted: {again}", 130)
+  except Exception as error:
+    if debug:
+      traceback.print_exc()
+    return _fail(explain(error), 1)
+
+
+def parse(words: Sequence[str]) -> Any:
+  """The command that `words` ask for, with its arguments.
+
+  Raises:
+    WrongUse: what does not parse, in one line.
+    UserError: an experiment file that cannot be used.
+    SystemExit: after printing help.
+  """
+  commands = None
+  for name, kind in COMMANDS.items():
+    default = {}
+    if kind is Train:
+      first = words[:1] == ["train"]
+      default["default"] = _train_defaults(words[1:] if first else [])
+    entry = Annotated[kind, subcommand(name, **default)]  # pyright: ignore[reportInvalidTypeForm]
+    commands = entry if commands is None else commands | entry  # pyright: ignore
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      return tyro.cli(  # pyright: ignore[reportCallIssue]
+        commands, prog="uajax", description=DESCRIPTION, args=list(words)  # pyright: ignore
+      )
+  except SystemExit as stop:
+    if stop.code in (0, None):
+      sys.stderr.write(said.getvalue())
+      raise
+    raise WrongUse(_flatten(said.getvalue())) from None
+
+
+def explain(error: BaseException) -> str:
+  """One line for any failure, with the remedy where one is known."""
+  text = " ".join(str(error).split())
+  if isinstance(error, UserError):
+    return text
+  if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    where = f" writing {error.filename}" if error.filename else ""
+    return f"the disk is full{where}: make room and run the same command again"
+  if isinstance(error, PermissionError):
+    return f"no permission for {error.filename}: choose a place you may write to"
+  if isinstance(error, ModuleNotFoundError):
+    return f"the package {error.name} is not installed: run `make setup`, then `uajax doctor`"
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return f"out of memory ({text[:120]}): close other programs or choose a smaller experiment"
+  if isinstance(error, OSError):
+    return f"{text} (try again, or with --debug for the traceback)"
+  text = text if len(text) <= 300 else text[:300] + " ..."
+  return f"{type(error).__name__}: {text} (a fault of uajax: --debug shows where)"
+
+
+def load_experiment(path: Path) -> config.Experiment:
+  """Runs a Python file and returns what its `get_config()` gives.
+
+  Raises:
+    UserError: no such file, it fails, or it gives something else.
+  """
+  if not path.is_file():
+    raise UserError(f"no experiment file {path}: give a Python file with get_config()")
+  spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+  if spec is None or spec.loader is None:
+    raise UserError(f"{path} is not a Python file: its name must end in .py")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    made = module.get_config()
+  except Exception as error:
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(f"experiment {path} fails with {line}: mend the file") from error
+  if not isinstance(made, config.Experiment):
+    kind = type(made).__name__
+    raise UserError(f"get_config() of {path} gives a {kind}: return a uajax.config.Experiment")
+  return made
+
+
+def _train_defaults(words: Sequence[str]) -> Train:
+  """What `--field value` overrides start from: the preset or the experiment file."""
+  first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+  first.add_argument("--preset")
+  first.add_argument("--experiment", type=Path)
+  try:
+    known, _ = first.parse_known_args(words)
+  except argparse.ArgumentError as error:
+    raise WrongUse(f"{error} (uajax train --help)") from None
+  if known.preset and known.experiment:
+    raise WrongUse("--preset and --experiment exclude each other: give one of them")
+  if known.experiment:
+    experiment = load_experiment(known.experiment)
+  else:
+    # A name that is not a preset is refused by the second pass, which knows the choices.
+    experiment = config.PRESETS.get(known.preset, config.quick)()
+  return Train(subject=tyro.MISSING, workdir=tyro.MISSING, config=experiment)
+
+
+def _keep_compiled() -> None:
+  """Compiled programs outlive the process; JAX reads this when it is first imported."""
+  cache = os.environ.get("UAJAX_CACHE") or Path.home() / ".cache" / "uajax"
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "jax"))
+
+
+def _flatten(box: str) -> str:
+  """tyro's framed message as one line."""
+  lines = [re.sub(r"[─━╭╮╰╯│┃├┤]+", " ", line).strip() for line in box.splitlines()]
+  line = "; ".join(line for line in lines if line)
+  return line.replace(":;", ":").replace(",;", ",") or "wrong use: see uajax --help"
+
+
+def _fail(line: str, status: int) -> int:
+  sys.stderr.write(f"uajax: {line}\n")
+  return status
+
+
+if __name__ == "__main__":
+  sys.exit(main())
