@@ -1,0 +1,282 @@
+"""A run folder: what `train` writes and every other command reads.
+
+    run.json        version, experiment, subject, when and by what it was made
+    checkpoints/N/  Orbax: the avatar, the optimiser's state, and where training stands
+    extractors/     the speech networks the avatar was trained with
+    metrics.jsonl   a line each logging point; events.* the same for TensorBoard
+    pictures/       renders beside truth while training
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import shutil
+import types as pytypes
+import typing
+
+import flax.serialization
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from uajax.avatar import Avatar, Layer
+from uajax.config import Experiment
+from uajax.errors import UserError
+from uajax.types import Splats
+
+VERSION = 1
+_log = logging.getLogger("uajax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """Where training stands."""
+
+  stage: int  # index into Experiment.stages(); 3 when all are done
+  step: int  # within the stage
+  total: int  # steps over all stages so far
+
+
+class Run:
+  """An opened run folder. Use `create` or `open_run`."""
+
+  def __init__(self, path: pathlib.Path, record: dict):
+    self.path = path
+    self.record = record
+    self.experiment: Experiment = decode(Experiment, record["experiment"], "run.json: experiment")
+    self.subject = pathlib.Path(record["subject"])
+    self.extractors = path / "extractors"
+    self.checkpoints = path / "checkpoints"
+
+  def save(self, avatar: Avatar, training: typing.Any, progress: Progress) -> None:
+    """Writes a checkpoint; the ones before it stay (as many as `experiment.keep`) if that fails."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    args = ocp.args.Composite(
+      avatar=ocp.args.PyTreeSave(flax.serialization.to_state_dict(_arrays(avatar))),
+      training=ocp.args.PyTreeSave(flax.serialization.to_state_dict(training)),
+      progress=ocp.args.JsonSave(dataclasses.asdict(progress) | {"sh_degree": avatar.sh_degree}))
+    try:
+      with self._manager() as manager:
+        manager.save(progress.total, args=args, force=True)
+    except Exception as error:
+      free = shutil.disk_usage(self.path).free
+      raise UserError(
+        f"checkpoint {progress.total} could not be saved to {self.checkpoints} "
+        f"({_first_line(error)}; {free / 2**20:.0f} MiB free): make room and run the same command "
+        "again, it resumes from the checkpoint before") from error
+
+  def restore(self, training=None) -> tuple[Avatar, typing.Any, Progress] | None:
+    """The newest readable checkpoint; None where there is none yet.
+
+    Args:
+      training: function of the restored avatar and progress that makes a template of the training
+        state; None leaves that part unread.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if not self.checkpoints.is_dir():
+      return None
+    with self._manager(read_only=True) as manager:
+      steps = sorted(manager.all_steps(), reverse=True)
+      for step in steps:
+        try:
+          return self._restore(manager, step, training)
+        except UserError:
+          raise
+        except Exception as error:
+          _log.warning("checkpoint %d of %s cannot be read (%s): trying the one before", step,
+                       self.path, _first_line(error))
+      if steps:
+        raise UserError(f"no checkpoint of {self.path} can be read: train into a new folder")
+    return None
+
+  def avatar(self) -> Avatar:
+    """The newest avatar. Raises UserError where none was saved yet."""
+    found = self.restore()
+    if found is None:
+      raise UserError(f"{self.path} holds no checkpoint yet: run `uajax train {self.subject} "
+                      f"--workdir {self.path}` first")
+    return found[0]
+
+  def progress(self) -> str:
+    """Where the run stands, in words."""
+    found = self.restore()
+    if found is None:
+      return "not begun"
+    at, stages = found[2], self.experiment.stages()
+    if at.stage == len(stages):
+      return f"complete ({at.total} steps)"
+    stage = stages[at.stage]
+    return f"{stage.name} stage, step {at.step} of {stage.steps}"
+
+  def _manager(self, *, read_only: bool = False) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else self.experiment.keep, read_only=read_only,
+      enable_async_checkpointing=False, create=not read_only)
+    return ocp.CheckpointManager(self.checkpoints.resolve(), options=options)
+
+  def _restore(self, manager, step: int, training):
+    avatar_tree = self._read(manager, step, "avatar")
+    state = self._item(step, "progress", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    sh_degree = state.pop("sh_degree")
+    avatar = _avatar(avatar_tree, self.experiment, sh_degree)
+    progress = Progress(**state)
+    if training is None:
+      return avatar, None, progress
+    template = training(avatar, progress)
+    tree = self._read(manager, step, "training")
+    restored = jax.tree.map(jax.numpy.asarray, flax.serialization.from_state_dict(template, tree))
+    return avatar, restored, progress
+
+  def _read(self, manager, step: int, item: str):
+    """A saved tree as NumPy arrays, whatever devices wrote it."""
+    del manager
+    path = self.checkpoints.resolve() / str(step) / item
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      metadata = reader.metadata(path).item_metadata.tree
+      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+      return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+  def _item(self, step: int, item: str, handler, args):
+    with ocp.Checkpointer(handler) as reader:
+      return reader.restore(self.checkpoints.resolve() / str(step) / item, args=args)
+
+
+def create(path, subject, experiment: Experiment) -> Run:
+  """Makes a run folder, or opens the one that is there if it is of the same experiment.
+
+  Raises:
+    UserError: the folder holds something else, another version, or another experiment.
+  """
+  path = pathlib.Path(path)
+  if (path / "run.json").exists():
+    run = open_run(path)
+    if run.experiment != experiment:
+      changed = ", ".join(_differences(encode(run.experiment), encode(experiment))[:4])
+      raise UserError(f"{path} was begun with other settings ({changed}): give the same ones to "
+                      "resume, or another --workdir")
+    return run
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f"{path} exists and is no run folder: choose another --workdir")
+  path.mkdir(parents=True, exist_ok=True)
+  record = {
+    "version": VERSION, "made_by": f"uajax {_own_version()}, jax {jax.__version__}",
+    "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "subject": str(pathlib.Path(subject).resolve()), "experiment": encode(experiment)}
+  partial = path / "run.json.partial"
+  partial.write_text(json.dumps(record, indent=2) + "\n")
+  os.replace(partial, path / "run.json")
+  return Run(path, record)
+
+
+def open_run(path) -> Run:
+  """Opens a run folder.
+
+  Raises:
+    UserError: no such folder, not a run, or of another version.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f"run folder {path} does not exist: `uajax train SUBJECT --workdir {path}` "
+                    "makes one")
+  try:
+    record = json.loads((path / "run.json").read_text())
+    version = record["version"]
+  except FileNotFoundError:
+    raise UserError(f"{path} is no run folder (it has no run.json): give the --workdir of a "
+                    "training") from None
+  except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    raise UserError(f"{path / 'run.json'} is damaged ({_first_line(error)}): restore it or train "
+                    "into a new folder") from None
+  if version != VERSION:
+    raise UserError(f"{path} was made by another version of uajax (run format {version}, this one "
+                    f"reads {VERSION}; {record.get('made_by', 'maker unknown')}): use that version "
+                    "or train again")
+  try:
+    return Run(path, record)
+  except KeyError as error:
+    raise UserError(f"{path / 'run.json'} lacks {error}: restore it or train into a new "
+                    "folder") from None
+
+
+def encode(value):
+  """A config dataclass as plain JSON values."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, tuple):
+    return [encode(v) for v in value]
+  return value
+
+
+def decode(kind, value, where: str):
+  """The config dataclass `kind` from `encode`d values; UserError where they do not fit."""
+  if dataclasses.is_dataclass(kind):
+    hints = typing.get_type_hints(kind)
+    if not isinstance(value, dict) or value.keys() != hints.keys():
+      odd = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else value
+      raise UserError(f"{where} does not fit this version of uajax (differs in {odd}): use the "
+                      "version that made it or train again")
+    return kind(**{name: decode(hint, value[name], f"{where}.{name}")
+                   for name, hint in hints.items()})
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin is tuple and isinstance(value, list):
+    inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    return tuple(decode(k, v, where) for k, v in zip(inner, value, strict=True))
+  if origin is typing.Literal and value in args:
+    return value
+  if origin in (typing.Union, pytypes.UnionType) and any(_fits(k, value) for k in args):
+    return value
+  if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(kind, type) and type(value) is kind:
+    return value
+  raise UserError(f"{where} is {value!r}, not {kind}: restore the file or train again")
+
+
+def _fits(kind, value) -> bool:
+  return value is None if kind is type(None) else isinstance(value, kind)
+
+
+def _differences(a, b, name: str = "") -> list[str]:
+  if isinstance(a, dict) and isinstance(b, dict):
+    return [d for key in a.keys() | b.keys()
+            for d in _differences(a.get(key), b.get(key), f"{name}.{key}".strip("."))]
+  return [] if a == b else [f"{name} {a} -> {b}"]
+
+
+def _arrays(avatar: Avatar) -> dict:
+  return {name: {"splats": getattr(avatar, name).splats._asdict(),
+                 "alive": getattr(avatar, name).alive, "motion": getattr(avatar, name).motion}
+          for name in ("face", "mouth")}
+
+
+def _avatar(tree: dict, experiment: Experiment, sh_degree: int) -> Avatar:
+  layers = {}
+  for name in ("face", "mouth"):
+    layer = jax.tree.map(jax.numpy.asarray, tree[name])
+    layers[name] = Layer(Splats(**layer["splats"]), layer["alive"], layer["motion"])
+  return Avatar(**layers, config=experiment.model.motion, sh_degree=sh_degree)
+
+
+def _own_version() -> str:
+  try:
+    return importlib.metadata.version("uajax")
+  except importlib.metadata.PackageNotFoundError:
+    return "from source"
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def copy_extractors(subject: pathlib.Path, run: Run) -> None:
+  """Copies the subject's speech networks into the run, so that it can be driven on its own."""
+  source = pathlib.Path(subject) / "extractors"
+  if source.is_dir() and not run.extractors.exists():
+    partial = run.path / "extractors.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    os.replace(partial, run.extractors)

@@ -1,0 +1,170 @@
+"""Growing and pruning splats inside fixed slots (method.md D.2).
+
+The picture asks for more splats where the screen-space gradient of one is large: a small one is
+cloned, a large one split in two. Faint and oversized ones go. Arrays keep their size: a dead slot
+is one that may be filled. What could not be placed is counted, and the loop then doubles the slots.
+Axes: n slots.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.spatial import cKDTree
+
+from kernels.splat.project import sh_color
+from uajax.config import Densify, Stage
+from uajax.types import Alive, Camera, Splats
+
+SPLIT_SHRINK = 1.6
+FAINTEST = 1e-10
+
+
+class Stats(NamedTuple):
+  """Sums since the last densification."""
+
+  grad: Float[Array, " n"]  # norms of the screen-space gradient, NDC units
+  seen: Float[Array, " n"]  # steps in which the splat was in the picture
+
+
+class Change(NamedTuple):
+  cloned: Int[Array, ""]
+  split: Int[Array, ""]
+  pruned: Int[Array, ""]
+  missed: Int[Array, ""]  # wanted, but no slot was free
+
+
+def no_stats(slots: int) -> Stats:
+  return Stats(jnp.zeros(slots), jnp.zeros(slots))
+
+
+def seed_splats(stage: Stage, key) -> tuple[Splats, Alive]:
+  """The first splats of a stage: uniform in a cube, grey, faint, as wide as their neighbours are far.
+
+  The scale is the log of the neighbour distance although softplus activates it: softplus(log d)
+  = log(1 + d), which is d for the small d at hand.
+  """
+  count, slots = stage.splats, stage.densify.slots
+  if count > slots:
+    raise ValueError(f"{stage.name}: {count} splats to begin with do not fit {slots} slots")
+  points = np.asarray(jax.random.uniform(key, (count, 3), minval=-1, maxval=1)) * stage.splats_extent
+  near = cKDTree(points).query(points, k=4)[0][:, 1:]
+  raw = np.log(np.sqrt(np.maximum((near**2).mean(1), 1e-7)))
+  fill = lambda value, width: jnp.zeros((slots, *width)).at[:count].set(value)
+  splats = Splats(
+    means=fill(points, (3,)), raw_scales=fill(raw[:, None], (3,)),
+    quats=jnp.zeros((slots, 4)).at[:, 0].set(1.0),
+    logit_opacities=jnp.full((slots,), float(np.log(0.1 / 0.9))),
+    sh_dc=jnp.zeros((slots, 1, 3)), sh_rest=jnp.zeros((slots, 8, 3)))
+  return splats, jnp.arange(slots) < count
+
+
+def densify(settings: Densify, splats: Splats, alive: Alive, stats: Stats, *, scene_m: float,
+            step, size_limit, key) -> tuple[Splats, Alive, Alive, Change]:
+  """One round of growth and pruning.
+
+  Args:
+    size_limit: bool scalar, whether oversized splats are pruned as well.
+
+  Returns:
+    splats, alive, born (slots whose Adam moments must start at zero) and what changed.
+  """
+  slots = alive.shape[0]
+  chex.assert_shape([stats.grad, stats.seen], (slots,))
+  k_clone, k_split = jax.random.split(key)
+  grad = jnp.where(alive & (stats.seen > 0), stats.grad / jnp.maximum(stats.seen, 1), 0.0)
+  scales = jax.nn.softplus(splats.raw_scales)
+  widest = scales.max(1)
+  wanted = alive & (grad >= settings.grad_threshold)
+  splitting = wanted & (widest > settings.split_size * scene_m)
+
+  # The largest gradients are served first; each request takes one free slot. A split keeps its
+  # parent's slot for one child and takes a free one for the other.
+  rank = jnp.argsort(jnp.argsort(jnp.where(wanted, -grad, jnp.inf)))
+  free = jnp.argsort(alive, stable=True)
+  granted = wanted & (rank < (~alive).sum())
+  target = jnp.where(granted, free[jnp.clip(rank, 0, slots - 1)], slots)
+
+  offset = lambda k: _rotate(splats.quats, scales * jax.random.normal(k, (slots, 3)))
+  halves = splitting & granted
+  shrunk = _inverse_softplus(scales / SPLIT_SHRINK)
+  child = splats._replace(
+    means=jnp.where(halves[:, None], splats.means + offset(k_clone), splats.means),
+    raw_scales=jnp.where(halves[:, None], shrunk, splats.raw_scales))
+  parent = splats._replace(
+    means=jnp.where(halves[:, None], splats.means + offset(k_split), splats.means),
+    raw_scales=child.raw_scales)
+  grown = jax.tree.map(lambda kept, new: kept.at[target].set(new, mode="drop"), parent, child)
+  born = jnp.zeros_like(alive).at[target].set(True, mode="drop")
+  alive_now = alive | born
+
+  done = jnp.clip(step / max(settings.until, 1), 0, 1)
+  faint = jax.nn.sigmoid(grown.logit_opacities) < (
+    settings.min_opacity + settings.min_opacity_rise * done)
+  large = jax.nn.softplus(grown.raw_scales).max(1) > settings.prune_size * scene_m
+  pruned = alive_now & (faint | (large & size_limit))
+  change = Change((granted & ~splitting).sum(), halves.sum(), pruned.sum(),
+                  (wanted & ~granted).sum())
+  return grown, alive_now & ~pruned, born | halves, change
+
+
+def is_backdrop(splats: Splats, camera: Camera, sh_mask) -> Alive:
+  """Splats that have taken the colour of the green backdrop, seen from `camera`."""
+  red, green, blue = jnp.moveaxis(_shade(splats, camera, sh_mask), -1, 0)
+  return (red < 30 / 255) & (green > 225 / 255) & (blue < 30 / 255)
+
+
+def demote(splats: Splats, which: Alive) -> Splats:
+  """Makes splats faint and small: opacity 0.1 and a tenth of the size.
+
+  The official code divides the raw scale, which enlarges them (Q28); here the activated one.
+  """
+  small = _inverse_softplus(jax.nn.softplus(splats.raw_scales) / 10)
+  return splats._replace(
+    logit_opacities=jnp.where(which, float(np.log(0.1 / 0.9)), splats.logit_opacities),
+    raw_scales=jnp.where(which[:, None], small, splats.raw_scales))
+
+
+def clear_moments(opt_state, born: Alive):
+  """Zero Adam moments in the slots of `born`; every leaf of the state with n rows is a moment."""
+  slots = born.shape[0]
+
+  def clear(leaf):
+    if leaf.ndim and leaf.shape[0] == slots:
+      return jnp.where(born.reshape(-1, *[1] * (leaf.ndim - 1)), 0.0, leaf)
+    return leaf
+
+  return jax.tree.map(clear, opt_state)
+
+
+def double(tree, slots: int):
+  """The same with twice the slots: every leaf of `slots` rows gets as many dead ones after it."""
+
+  def pad(leaf):
+    if leaf.ndim and leaf.shape[0] == slots:
+      return jnp.concatenate([leaf, jnp.zeros_like(leaf)])
+    return leaf
+
+  return jax.tree.map(pad, tree)
+
+
+def _shade(splats, camera, sh_mask):
+  coefficients = jnp.concatenate([splats.sh_dc, splats.sh_rest], 1) * sh_mask[None, :, None]
+  eye = -camera.viewmat[:3, :3].T @ camera.viewmat[:3, 3]
+  return sh_color(coefficients, splats.means - eye[None, :], 2)
+
+
+def _rotate(quats, vectors):
+  """Vectors [n 3] turned by unnormalised quaternions wxyz [n 4]."""
+  q = quats / jnp.maximum(jnp.linalg.norm(quats, axis=1, keepdims=True), FAINTEST)
+  w, u = q[:, :1], q[:, 1:]
+  t = 2 * jnp.cross(u, vectors)
+  return vectors + w * t + jnp.cross(u, t)
+
+
+def _inverse_softplus(x):
+  x = jnp.maximum(x, FAINTEST)
+  return x + jnp.log(-jnp.expm1(-x))

@@ -1,0 +1,30 @@
+"""TensorBoard event files, written without TensorFlow."""
+
+import pathlib
+import time
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class Events:
+  """Scalars and pictures under `path`, for `tensorboard --logdir`."""
+
+  def __init__(self, path: pathlib.Path):
+    self._writer = EventFileWriter(str(path))
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    self._add(step, [Summary.Value(tag=name, simple_value=v) for name, v in values.items()])
+
+  def image(self, step: int, name: str, png: bytes, shape: tuple[int, ...]) -> None:
+    picture = Summary.Image(
+      height=shape[0], width=shape[1], colorspace=shape[2], encoded_image_string=png)
+    self._add(step, [Summary.Value(tag=name, image=picture)])
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _add(self, step: int, values) -> None:
+    self._writer.add_event(
+      Event(wall_time=time.time(), step=step, summary=Summary(value=values)))

@@ -1,0 +1,263 @@
+"""The one place that iterates: stages, densification, logs, pictures, checkpoints, resuming."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+
+from uajax import runs
+from uajax.avatar import Avatar, Layer, init_motion, render
+from uajax.config import Experiment, Stage
+from uajax.data import loader
+from uajax.errors import UserError
+from uajax.progress import Progress
+from uajax.train import densify, optimizer
+from uajax.train.step import (
+  Material,
+  State,
+  grow_and_prune,
+  is_perceptual,
+  phase_of,
+  run_steps,
+  turning_points,
+  upload,
+)
+from uajax.types import Clip
+
+GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
+_log = logging.getLogger("uajax")
+
+
+def train(subject, workdir, experiment: Experiment, *, perceptual=None, source="auto") -> runs.Run:
+  """Trains the three stages into `workdir`, or goes on where that folder stands.
+
+  Args:
+    subject: subject folder with its extracted features.
+    perceptual: LPIPS parameters, or None to leave those terms out (a line says so).
+    source: where frames come from, see `data.loader.load`.
+
+  Raises:
+    UserError: the subject cannot be used, the folder belongs to another experiment, a checkpoint
+      cannot be written, or training diverged.
+  """
+  subject = pathlib.Path(subject)
+  clips = {split: loader.load(subject, split, audio=experiment.model.audio, source=source)
+           for split in ("train", "val")}
+  experiment = fit_audio(experiment, clips["train"])
+  run = runs.create(workdir, subject, experiment)
+  runs.copy_extractors(subject, run)
+  if perceptual is None and any(s.lpips_from < s.steps for s in experiment.stages()):
+    _log.warning("LPIPS weights are not at hand: trained without the perceptual terms "
+                 "(`uajax doctor` says how to get them)")
+
+  found = run.restore(lambda avatar, at: _resume_template(avatar, experiment, at))
+  if found is None:
+    avatar, training, at = _begin(experiment), None, runs.Progress(0, 0, 0)
+  else:
+    avatar, training, at = found
+    _log.warning("resuming %s at step %d", run.path, at.total)
+  stages = experiment.stages()
+  if at.stage == len(stages):
+    return run
+  material = upload(clips["train"])
+  with Journal(run.path, at.total) as journal:
+    everything = sum(stage.steps for stage in stages)
+    progress = Progress("train", everything, at.total)
+    for number in range(at.stage, len(stages)):
+      stage = stages[number]
+      state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
+      training = None
+      avatar = _train_stage(run, number, stage, state, material, clips["val"], perceptual, journal,
+                            progress)
+    progress.close()
+  return run
+
+
+def fit_audio(experiment: Experiment, clip: Clip) -> Experiment:
+  """The experiment with the audio channels and width that the clip has."""
+  channels, width = clip.frames.controls.audio.shape[-2:]
+  motion = dataclasses.replace(
+    experiment.model.motion, audio_channels=channels, audio_width=width)
+  return dataclasses.replace(
+    experiment, model=dataclasses.replace(experiment.model, motion=motion))
+
+
+def _train_stage(run, number: int, stage: Stage, state: State, material: Material, val: Clip,
+                 perceptual, journal, progress) -> Avatar:
+  experiment = run.experiment
+  key = jax.random.fold_in(jax.random.key(experiment.seed), number)
+  before = sum(s.steps for s in experiment.stages()[:number])
+  step = int(state.step)
+  while step < stage.steps:
+    # Programs change, splats grow and checkpoints are written at steps that do not depend on
+    # where the run was resumed; so the bits do not either.
+    end = min(e for e in (
+      *turning_points(stage), *(_next(step, every) for every in (
+        experiment.log_every, stage.densify.every, experiment.picture_every,
+        experiment.save_every))) if e > step)
+    phase = phase_of(stage, step)
+    weights = perceptual if is_perceptual(stage, step) else None
+    began = time.monotonic()
+    state, sums = run_steps(experiment, stage, phase, state, jnp.asarray(end - step), material,
+                            weights, key)
+    count, step = end - step, end
+    changed = None
+    if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (
+        step < stage.densify.until or (stage.name == "face" and step < stage.steps)):
+      state, changed = grow_and_prune(experiment, stage, state, material, key)
+      state = _with_room(stage, state, changed)
+    if step % experiment.log_every == 0 or step == stage.steps:
+      report = {name: float(value) / count for name, value in sums.items()}
+      took = time.monotonic() - began
+      report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
+      journal.write(before + step, stage.name, step, report)
+      _check_sound(run, stage, step, state)
+    done = step == stage.steps
+    if step % experiment.picture_every == 0 or done:
+      journal.picture(before + step, stage.name, _picture(state.avatar, stage, val))
+    if done:
+      run.save(state.avatar, {}, runs.Progress(number + 1, 0, before + step))
+    elif step % experiment.save_every == 0:
+      run.save(state.avatar, _training(state), runs.Progress(number, step, before + step))
+    note = f"{stage.name} {phase}"
+    progress.advance(count, note)
+  return state.avatar
+
+
+def _next(step: int, every: int) -> int:
+  return (step // every + 1) * every
+
+
+def _begin(experiment: Experiment) -> Avatar:
+  """Splats scattered, motion networks drawn, from the seed alone."""
+  k_motion, k_face, k_mouth = jax.random.split(jax.random.key(experiment.seed), 3)
+  face_motion, mouth_motion = init_motion(k_motion, experiment.model.motion)
+  layers = {}
+  for stage, key, motion in ((experiment.face, k_face, face_motion),
+                             (experiment.mouth, k_mouth, mouth_motion)):
+    splats, alive = densify.seed_splats(stage, key)
+    layers[stage.name] = Layer(splats, alive, motion)
+  return Avatar(**layers, config=experiment.model.motion, sh_degree=2)
+
+
+def _enter(avatar: Avatar, stage: Stage) -> State:
+  layer = avatar.mouth if stage.name == "mouth" else avatar.face
+  return State(
+    avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, stage)),
+    stats=densify.no_stats(layer.alive.shape[0]), step=jnp.asarray(0), skipped=jnp.asarray(0))
+
+
+def _training(state: State) -> dict:
+  """The part of the state that only training needs."""
+  return {"opt": state.opt, "stats": state.stats, "step": state.step, "skipped": state.skipped}
+
+
+def _resume_template(avatar: Avatar, experiment: Experiment, at: runs.Progress):
+  return None if at.step == 0 else _training(_enter(avatar, experiment.stages()[at.stage]))
+
+
+def _with_room(stage: Stage, state: State, change: densify.Change) -> State:
+  """Twice the slots where growth found none left, up to the stage's limit."""
+  layer = getattr(state.avatar, stage.name)
+  slots = layer.alive.shape[0]
+  if int(change.missed) == 0 or 2 * slots > stage.densify.max_slots:
+    return state
+  splats, alive = densify.double((layer.splats, layer.alive), slots)
+  return state.replace(
+    avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
+    opt=state.opt | {"splats": densify.double(state.opt["splats"], slots)},
+    stats=densify.no_stats(2 * slots))
+
+
+def _census(stage: Stage, state: State, changed) -> dict:
+  counts = {f"{name}_splats": float(getattr(state.avatar, name).alive.sum())
+            for name in (("face", "mouth") if stage.name == "fuse" else (stage.name,))}
+  if changed is not None:
+    counts |= {name: float(value) for name, value in changed._asdict().items()}
+  return counts
+
+
+def _check_sound(run, stage: Stage, step: int, state: State) -> None:
+  if int(state.skipped) >= GIVE_UP_AFTER:
+    raise UserError(
+      f"training diverged: no finite gradient in the last {int(state.skipped)} steps before step "
+      f"{step} of the {stage.name} stage; run again to resume from the last checkpoint in "
+      f"{run.path}, with lower rates (--{stage.name}.rates.*)")
+
+
+def _picture(avatar: Avatar, stage: Stage, clip: Clip) -> np.ndarray:
+  """uint8 [h 2w 3]: the render of a held-out frame beside its truth."""
+  frame = jax.tree.map(lambda leaf: leaf[len(clip.ids) // 2], clip.frames)
+  background = jnp.asarray(frame.background, jnp.float32) / 255
+  image = jax.jit(render)(avatar, jax.tree.map(jnp.asarray, frame.controls),
+                          jax.tree.map(jnp.asarray, frame.camera), background)
+  shown = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}[stage.name]
+  shown = np.asarray(jnp.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
+  return np.concatenate([shown, frame.image], 1)
+
+
+class Journal:
+  """metrics.jsonl, TensorBoard events and pictures of a run.
+
+  A resumed run cuts what was written after the checkpoint it resumes from.
+  """
+
+  def __init__(self, path: pathlib.Path, total: int):
+    self._path = path
+    lines = path / "metrics.jsonl"
+    kept = []
+    if lines.exists():
+      kept = [line for line in lines.read_text().splitlines() if _total(line) <= total]
+    partial = lines.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, lines)
+    self._lines = lines.open("a")
+    self._events = _event_writer(path / "tensorboard")
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._lines.close()
+    if self._events:
+      self._events.close()
+
+  def write(self, total: int, stage: str, step: int, report: dict) -> None:
+    report = {name: round(value, 6) for name, value in report.items()}
+    self._lines.write(json.dumps({"total": total, "stage": stage, "step": step} | report) + "\n")
+    self._lines.flush()
+    if self._events:
+      self._events.scalars(total, {f"{stage}/{name}": v for name, v in report.items()})
+
+  def picture(self, total: int, stage: str, image: np.ndarray) -> None:
+    folder = self._path / "pictures"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{total:07d}_{stage}.png"
+    partial = path.with_suffix(".partial")
+    PIL.Image.fromarray(image).save(partial, format="PNG")
+    os.replace(partial, path)
+    if self._events:
+      self._events.image(total, f"{stage}/render_truth", path.read_bytes(), image.shape)
+
+
+def _total(line: str) -> int:
+  try:
+    return int(json.loads(line)["total"])
+  except (ValueError, KeyError, TypeError):
+    return 1 << 62  # a torn line, written when the run was killed
+
+
+def _event_writer(path: pathlib.Path):
+  try:
+    from uajax.train.events import Events
+  except ImportError:
+    _log.warning("tensorboard is not installed: metrics go to metrics.jsonl only")
+    return None
+  return Events(path)

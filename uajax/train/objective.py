@@ -1,0 +1,169 @@
+"""What each stage asks of the picture (method.md D.3 face, D.4 mouth, D.5 fuse).
+
+Every objective is a pure function (avatar, frame, probe, ...) -> (loss, parts). The layers are
+rendered over the green backdrop of the official code: it shows through wherever a layer has a
+hole, so that holes cost. Axes: h w pixels, n splats.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uajax import losses
+from uajax.avatar import Avatar, face_motion, mouth_motion
+from uajax.config import Stage
+from uajax.lpips import lpips
+from uajax.render import render_layer
+from uajax.types import BACKGROUND, FACE, HAIR, MOUTH, Frame  # noqa: F401
+
+GREEN = (0.0, 1.0, 0.0)
+PATCH_PX = {"face": 80, "mouth": 36, "fuse": 36}  # of LPIPS: the means of the official random sizes
+LIPS_PX = 64  # side to which the lip crop is resampled for LPIPS
+
+Phase = Literal["static", "sample", "ensemble"]
+
+
+class Parts(NamedTuple):
+  """What a step reports beside its loss."""
+
+  l1: Float[Array, ""]
+  psnr: Float[Array, ""]
+  overflow: Int[Array, ""]
+  radii: Int[Array, " n"]
+
+
+def objective(stage: Stage, phase: Phase, perceptual, avatar: Avatar, frame: Frame, probe, step,
+              members, sh_degree):
+  """The loss of one frame.
+
+  Args:
+    phase: "static" has no motion; "sample" one ensemble member a modality; "ensemble" all.
+    perceptual: LPIPS parameters where this part of the schedule uses them, else None.
+    frame: one Frame, uint8 image and background.
+    probe: [n, 2] zeros added to the projected means; its gradient drives densification.
+    step: int32 scalar within the stage.
+    members: int[4], read in phase "sample" only.
+    sh_degree: int32 scalar, bands above it are muted.
+  """
+  image = frame.image.astype(jnp.float32) / 255
+  render = {"mouth": _mouth, "face": _face, "fuse": _fuse}[stage.name]
+  return render(stage, phase, perceptual, avatar, frame, image, probe, step,
+                members if phase == "sample" else None, sh_degree)
+
+
+def _face(stage, phase, perceptual, avatar, frame, image, probe, step, members, sh_degree):
+  w = stage.weights
+  green = jnp.broadcast_to(jnp.asarray(GREEN)[None, None, :], image.shape)
+  hair = frame.classes == HAIR
+  mouth = frame.classes == MOUTH
+  head = (frame.classes == FACE) | hair
+  if perceptual is not None:
+    mouth = losses.close(mouth)
+  target = jnp.where(head[..., None], image, green)
+
+  face = avatar.face
+  motion = None if phase == "static" else face_motion(avatar, frame.controls, members)
+  out = render_layer(
+    face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
+    background=jnp.asarray(GREEN), active_sh=sh_degree, probe=probe,
+    features=None if motion is None else motion.attention,
+    detached=None if motion is None else True)
+  picture, alpha = out.color, out.alpha[..., 0]
+
+  # Most steps leave the hair out: it covers much and moves little.
+  bald = jnp.asarray(phase != "static") & (step < stage.hair_until) & (
+    step % stage.hair_every != 0)
+  hide = (hair & bald)[..., None]
+  picture, target = jnp.where(hide, green, picture), jnp.where(hide, green, target)
+  target = jnp.where(mouth[..., None], green, target)
+  l1 = losses.l1(picture, target)
+  loss = (1 - w.ssim) * l1 + w.ssim * (1 - losses.ssim(picture, target))
+  if motion is not None:
+    loss += w.motion * (
+      losses.mean_magnitude(motion.d_mean, face.alive)
+      + losses.mean_magnitude(motion.d_quat, face.alive)
+      + losses.mean_magnitude(motion.d_scale, face.alive))
+    loss += w.alpha * losses.alpha_penalty(alpha, head)
+    audio, eye = out.features[..., 0], out.features[..., 1]
+    loss += w.eye_attention_on_lips * losses.mean_inside(eye, _inside(frame.lips, head.shape))
+    loss += jnp.where(bald, 0.0, w.attention_on_hair) * (
+      losses.mean_inside(eye, hair) + losses.mean_inside(audio, hair))
+  if perceptual is not None:
+    lips = [_crop(x, frame.lips) for x in (picture, target)]
+    loss += w.lpips_lips * lpips(perceptual, *lips)
+    here = _inside(frame.lips, head.shape)[..., None]
+    a, b = (losses.patches(jnp.where(here, green, x), PATCH_PX["face"]) for x in (picture, target))
+    loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
+  return loss, _parts(l1, picture, target, out)
+
+
+def _mouth(stage, phase, perceptual, avatar, frame, image, probe, step, members, sh_degree):
+  w = stage.weights
+  backdrop = jnp.asarray((0.0, 0.0, 0.0) if perceptual is not None else GREEN)
+  mouth = frame.classes == MOUTH
+  lips = _inside(frame.lips, mouth.shape)
+  blank = jnp.broadcast_to(backdrop[None, None, :], image.shape)
+  target = jnp.where(mouth[..., None], image, blank)
+
+  layer = avatar.mouth
+  motion = None if phase == "static" else mouth_motion(avatar, frame.controls, members)
+  out = render_layer(
+    layer.splats, layer.alive, motion, frame.camera, *image.shape[1::-1],
+    background=backdrop, active_sh=sh_degree, probe=probe)
+  # Behind the lips the mouth may be anything: the face covers it (Q27: lips, not mouth).
+  picture = jnp.where((lips & ~mouth)[..., None], blank, out.color)
+  l1 = losses.l1(picture, target)
+  loss = (1 - w.ssim) * l1 + w.ssim * (1 - losses.ssim(picture, target))
+  if motion is not None:
+    loss += w.alpha * losses.alpha_penalty(out.alpha[..., 0], lips, outside=~mouth & ~lips)
+  if perceptual is not None:
+    a, b = (losses.patches(x, PATCH_PX["mouth"]) for x in (picture, target))
+    loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
+  return loss, _parts(l1, picture, target, out)
+
+
+def _fuse(stage, phase, perceptual, avatar, frame, image, probe, step, members, sh_degree):
+  del probe, step
+  w = stage.weights
+  background = frame.background.astype(jnp.float32) / 255
+  black = jnp.zeros(3)
+  layers = []
+  for layer, motion in ((avatar.face, face_motion(avatar, frame.controls, members)),
+                        (avatar.mouth, mouth_motion(avatar, frame.controls, members))):
+    # Geometry rests in this stage: nothing of the motion networks needs a gradient.
+    layers.append(render_layer(
+      layer.splats, layer.alive, jax.lax.stop_gradient(motion), frame.camera,
+      *image.shape[1::-1], background=black, active_sh=sh_degree))
+  face, mouth = layers
+  behind = mouth.color + background * (1 - mouth.alpha)
+  picture = face.color + behind * (1 - face.alpha)
+  l1 = losses.l1(picture, image)
+  loss = (1 - w.ssim) * l1 + w.ssim * (1 - losses.ssim(picture, image))
+  if perceptual is not None:
+    a, b = (losses.patches(x, PATCH_PX["fuse"]) for x in (picture, image))
+    loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
+  overflow = face.overflow + mouth.overflow
+  return loss, _parts(l1, picture, image, face)._replace(overflow=overflow)
+
+
+def _parts(l1, picture, target, out) -> Parts:
+  error = jnp.mean((jnp.clip(picture, 0, 1) - target) ** 2)
+  return Parts(l1, -10 * jnp.log10(jnp.maximum(error, 1e-10)), out.overflow, out.radii)
+
+
+def _inside(rect, shape):
+  """bool[h w], True inside rows r0:r1 and columns c0:c1."""
+  r0, r1, c0, c1 = rect
+  rows, columns = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
+  return (rows >= r0) & (rows < r1) & (columns >= c0) & (columns < c1)
+
+
+def _crop(image, rect):
+  """The square of `rect`, resampled to LIPS_PX so that its shape is static."""
+  r0, r1, c0, c1 = rect.astype(jnp.float32)
+  scale = jnp.stack([LIPS_PX / jnp.maximum(r1 - r0, 1), LIPS_PX / jnp.maximum(c1 - c0, 1)])
+  return jax.image.scale_and_translate(
+    image, (LIPS_PX, LIPS_PX, image.shape[-1]), (0, 1), scale, -jnp.stack([r0, c0]) * scale,
+    method="linear", antialias=False)

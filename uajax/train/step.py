@@ -1,0 +1,184 @@
+"""One training step, and many of them in one compiled loop.
+
+Everything here is pure. A step's randomness (frame, ensemble members) is folded from the run's
+key and the step's number, so that a resumed run repeats the lost steps bit for bit.
+Axes: f frames, b batch, n splat slots.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from uajax.avatar import Avatar
+from uajax.config import Experiment, Stage
+from uajax.train import densify, optimizer, sampling
+from uajax.train.objective import Phase, objective
+from uajax.types import MOUTH, Clip, Frame, Guide
+
+
+@flax.struct.dataclass
+class State:
+  """All that training carries from step to step."""
+
+  avatar: Avatar
+  opt: dict
+  stats: densify.Stats
+  step: Int[Array, ""]  # within the stage
+  skipped: Int[Array, ""]  # steps whose gradient was not finite, in a row
+
+
+@flax.struct.dataclass
+class Material:
+  """A clip on the device."""
+
+  frames: Frame  # leading axis f
+  guide: Guide
+  mouth_share: Array  # [f]
+
+
+def upload(clip: Clip) -> Material:
+  """The clip as device arrays, pictures still uint8."""
+  share = (clip.frames.classes == MOUTH).reshape(len(clip.ids), -1).mean(1)
+  to_device = lambda tree: jax.tree.map(jnp.asarray, tree)
+  return Material(to_device(clip.frames), to_device(clip.guide), jnp.asarray(share, jnp.float32))
+
+
+def phase_of(stage: Stage, step: int) -> Phase:
+  if step < stage.warm_steps:
+    return "static"
+  return "sample" if step < stage.ensemble_from else "ensemble"
+
+
+def is_perceptual(stage: Stage, step: int) -> bool:
+  return step >= stage.lpips_from
+
+
+def turning_points(stage: Stage) -> tuple[int, ...]:
+  """Steps at which another program takes over."""
+  points = {stage.warm_steps, stage.ensemble_from, stage.lpips_from, stage.steps}
+  return tuple(sorted(p for p in points if 0 < p <= stage.steps))
+
+
+def sh_degree(stage: Stage, step):
+  return jnp.where(stage.name == "fuse", 2, jnp.minimum((step + 1) // stage.sh_every, 2))
+
+
+def train_step(experiment: Experiment, stage: Stage, phase: Phase, state: State, material: Material,
+               perceptual, key) -> tuple[State, dict]:
+  """One step on `experiment.batch` frames.
+
+  Args:
+    perceptual: LPIPS parameters where they are to be used, else None.
+    key: of the stage.
+
+  Returns:
+    the next state, and scalars: loss, l1, psnr, grad_norm, overflow, skipped.
+  """
+  step = state.step
+  layer = "mouth" if stage.name == "mouth" else "face"
+  slots = getattr(state.avatar, layer).alive.shape[0]
+  index = jnp.stack([sampling.choose(stage, material.guide, material.mouth_share,
+                                     step * experiment.batch + i if experiment.batch > 1 else step,
+                                     key)
+                     for i in range(experiment.batch)])
+  frames = jax.tree.map(lambda leaf: leaf[index], material.frames)
+  members = jax.random.randint(
+    jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
+  degree = sh_degree(stage, step)
+
+  def loss_of(params, probes):
+    avatar = optimizer.join(state.avatar, params)
+    one = lambda frame, probe: objective(
+      stage, phase, perceptual, avatar, frame, probe, step, members, degree)
+    if experiment.batch == 1:
+      losses, parts = jax.tree.map(
+        lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], frames), probes[0]))
+    else:
+      losses, parts = jax.vmap(one)(frames, probes)
+    return jnp.mean(losses), parts
+
+  params = optimizer.trainable(state.avatar, stage)
+  probes = jnp.zeros((experiment.batch, slots, 2))
+  (loss, parts), (grads, d_probes) = jax.value_and_grad(
+    loss_of, argnums=(0, 1), has_aux=True)(params, probes)
+
+  norm = _norm(grads)
+  sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+  new_params, opt = optimizer.update(
+    stage, experiment.scene_m, params, grads, state.opt, step,
+    members if phase == "sample" else None)
+  keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(sound, new, old))
+  avatar = optimizer.join(state.avatar, keep(new_params, params))
+  skipped = jnp.where(sound, 0, state.skipped + 1)
+
+  height, width = frames.image.shape[1:3]
+  # The loss is a mean over the batch; thresholds are for one frame.
+  ndc = d_probes * experiment.batch * jnp.asarray([0.5 * width, 0.5 * height])[None, None, :]
+  seen = (parts.radii > 0) & sound
+  stats = densify.Stats(
+    state.stats.grad + jnp.where(seen, jnp.linalg.norm(ndc, axis=-1), 0.0).sum(0),
+    state.stats.seen + seen.sum(0))
+  state = State(avatar, keep(opt, state.opt), stats, step + 1, skipped)
+  report = {"loss": loss, "l1": parts.l1.mean(), "psnr": parts.psnr.mean(), "grad_norm": norm,
+            "overflow": parts.overflow.max().astype(jnp.float32),
+            "skipped": (~sound).astype(jnp.float32)}
+  return state, report
+
+
+@functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase"), donate_argnums=3)
+def run_steps(experiment: Experiment, stage: Stage, phase: Phase, state: State, count,
+              material: Material, perceptual, key) -> tuple[State, dict]:
+  """`count` steps of one phase in one compiled loop; returns the sums of their reports.
+
+  `count` is an array: a run of any length is the same program, so that where a run was cut and
+  resumed does not show in its bits.
+  """
+
+  def body(_, carry):
+    state, sums = carry
+    state, report = train_step(experiment, stage, phase, state, material, perceptual, key)
+    return state, jax.tree.map(jnp.add, sums, report)
+
+  shapes = jax.eval_shape(
+    lambda s: train_step(experiment, stage, phase, s, material, perceptual, key)[1], state)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.fori_loop(0, count, body, (state, zeros))
+
+
+@functools.partial(jax.jit, static_argnames=("experiment", "stage"))
+def grow_and_prune(experiment: Experiment, stage: Stage, state: State, material: Material,
+                   key) -> tuple[State, densify.Change]:
+  """One round of densification and the backdrop rule of the stage."""
+  name = stage.name
+  layer = getattr(state.avatar, name)
+  step = state.step
+  key = jax.random.fold_in(jax.random.fold_in(key, 3), step)
+  growing = step < stage.densify.until
+  splats, alive, born, change = densify.densify(
+    stage.densify, layer.splats, layer.alive, state.stats, scene_m=experiment.scene_m, step=step,
+    size_limit=step > stage.warm_steps, key=key)
+  splats, alive, born = jax.tree.map(
+    lambda new, old: jnp.where(growing, new, old),
+    (splats, alive, born), (layer.splats, layer.alive, jnp.zeros_like(born)))
+
+  frame = jax.random.randint(jax.random.fold_in(key, 1), (), 0, material.mouth_share.shape[0])
+  camera = jax.tree.map(lambda leaf: leaf[frame], material.frames.camera)
+  degree = sh_degree(stage, step)
+  mask = (jnp.asarray([0, 1, 1, 1, 2, 2, 2, 2, 2]) <= degree).astype(jnp.float32)
+  backdrop = densify.is_backdrop(splats, camera, mask) & alive
+  if name == "face":
+    alive = alive & ~backdrop
+  else:
+    splats = densify.demote(splats, backdrop & growing)
+    born = born | (backdrop & growing)
+  opt = state.opt | {"splats": densify.clear_moments(state.opt["splats"], born)}
+  avatar = state.avatar.replace(**{name: layer.replace(splats=splats, alive=alive)})
+  stats = densify.no_stats(alive.shape[0])
+  return state.replace(avatar=avatar, opt=opt, stats=stats), change
+
+
+def _norm(tree):
+  return jnp.sqrt(sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(tree)))
