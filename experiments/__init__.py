@@ -1,0 +1,1 @@
+"""One file an experiment: what it asks, its command, its hardware, its scores."""

@@ -33,7 +33,7 @@ class Motion:
   features: int = 64  # of the fused code that the heads read
   ddof: int = 1  # of the members' spread: 1 as the official code, 0 the law of total variance
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
-  still_heads: bool = True  # start every head at zero motion (official: rotation and scale jump, Q11)
+  still_heads: bool = True  # heads start at zero motion (official: rotation and scale jump, Q11)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Rates:
   scale: float = 3e-3
   rotation: float = 1e-3
   planes: float = 5e-3
-  planes_decay: float = 0.0  # official: AdamW's default 0.01, which fades cells no splat visits (Q7)
+  planes_decay: float = 0.0  # official: AdamW's default 0.01, fading unvisited cells (Q7)
   network: float = 5e-4
   attention: float = 2.5e-3  # of the audio windows
   attention_decay: float = 1e-4

@@ -42,7 +42,7 @@ def no_stats(slots: int) -> Stats:
 
 
 def seed_splats(stage: Stage, key) -> tuple[Splats, Alive]:
-  """The first splats of a stage: uniform in a cube, grey, faint, as wide as their neighbours are far.
+  """The first splats of a stage: uniform in a cube, grey, faint, as wide as their gaps.
 
   The scale is the log of the neighbour distance although softplus activates it: softplus(log d)
   = log(1 + d), which is d for the small d at hand.
@@ -50,7 +50,8 @@ def seed_splats(stage: Stage, key) -> tuple[Splats, Alive]:
   count, slots = stage.splats, stage.densify.slots
   if count > slots:
     raise ValueError(f"{stage.name}: {count} splats to begin with do not fit {slots} slots")
-  points = np.asarray(jax.random.uniform(key, (count, 3), minval=-1, maxval=1)) * stage.splats_extent
+  unit = jax.random.uniform(key, (count, 3), minval=-1, maxval=1)
+  points = np.asarray(unit) * stage.splats_extent
   near = cKDTree(points).query(points, k=4)[0][:, 1:]
   raw = np.log(np.sqrt(np.maximum((near**2).mean(1), 1e-7)))
   fill = lambda value, width: jnp.zeros((slots, *width)).at[:count].set(value)

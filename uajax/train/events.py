@@ -3,16 +3,21 @@
 import pathlib
 import time
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Events:
-  """Scalars and pictures under `path`, for `tensorboard --logdir`."""
+  """Scalars and pictures under `path`, for `tensorboard --logdir`.
 
-  def __init__(self, path: pathlib.Path):
+  Opening at `step` makes TensorBoard drop what an earlier, cut run wrote after it.
+  """
+
+  def __init__(self, path: pathlib.Path, step: int):
     self._writer = EventFileWriter(str(path))
+    started = SessionLog(status=SessionLog.START)
+    self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=started))
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     self._add(step, [Summary.Value(tag=name, simple_value=v) for name, v in values.items()])

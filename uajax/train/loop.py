@@ -219,7 +219,7 @@ class Journal:
     partial.write_text("".join(line + "\n" for line in kept))
     os.replace(partial, lines)
     self._lines = lines.open("a")
-    self._events = _event_writer(path / "tensorboard")
+    self._events = _event_writer(path / "tensorboard", total)
 
   def __enter__(self):
     return self
@@ -254,10 +254,10 @@ def _total(line: str) -> int:
     return 1 << 62  # a torn line, written when the run was killed
 
 
-def _event_writer(path: pathlib.Path):
+def _event_writer(path: pathlib.Path, total: int):
   try:
     from uajax.train.events import Events
   except ImportError:
     _log.warning("tensorboard is not installed: metrics go to metrics.jsonl only")
     return None
-  return Events(path)
+  return Events(path, total)
