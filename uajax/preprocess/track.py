@@ -1,0 +1,557 @@
+"""Tracks the head: one camera, one face, and a pose a frame, fitted to the whole clip at once.
+
+The face is a set of points, one a landmark: its own still shape, drawn towards the landmark
+networks' average face (which fixes the scale in metres) and towards the depth that the network
+saw, plus directions in which its points move with the blendshape scores. Pose, shape and
+directions are fitted in turn by Gauss-Newton steps on the landmarks' reprojection, with weights
+that fall for landmarks and frames that do not fit (so mouth, lids and brows hardly turn the
+head), and poses of neighbouring frames are tied by a penalty on their acceleration. The focal
+length is the one with which the whole fits best.
+
+World: metres, x to the picture's right when the head looks at the camera, y up, z out of the
+face; the origin is the middle of the head. Camera: OpenCV axes.
+Axes: f frames, p landmarks (478; 468 without irises), k directions of expression.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Bool, Float
+
+from uajax.preprocess import landmarks as marks
+from uajax.types import FPS
+
+# Middle of the head in the average face's axes: on the middle line, a little above the eyes' line,
+# 4 cm behind the nose bridge. Chin, ears and hair then lie within about 0.12 m.
+CENTRE = np.array([0.0, 0.01, 0.01])
+SHAPE_SPREAD_M = 0.004  # how far a person's face point lies from the average's
+MOVING_SPREAD_M = 0.004  # how far expression moves a lip; a tenth of it on still regions
+NOISE_PX = 1.0  # landmark noise at which a residual counts half; grows with the picture
+MEMORY_FRAMES = 10  # landmark errors stay alike that long: so many frames count as one
+CUTOFF_HZ = 5.0  # head motion above it is taken for noise
+DIRECTIONS = 12
+FOCAL_PRIOR = (2.4, 0.3)  # of image widths, and its spread in the logarithm
+
+
+class Track(NamedTuple):
+  """The fitted clip."""
+
+  focal_px: float
+  viewmats: Float[np.ndarray, "f 4 4"]  # world to camera
+  shape: Float[np.ndarray, "p 3"]  # still face, metres
+  directions: Float[np.ndarray, "k p 3"]  # metres a unit of coefficient
+  coefficients: Float[np.ndarray, "f k"]  # unit variance
+  weights: Float[np.ndarray, " p"]  # how still each landmark is, 0..1
+  reprojection_px: float  # RMS of the still landmarks
+  held_out_px: float  # RMS of still landmarks that the pose was fitted without
+  jitter_px: float  # RMS motion above CUTOFF_HZ of points fixed to the head
+  raw_jitter_px: float  # the same, were poses not tied in time
+
+
+def fit(
+  points: Float[np.ndarray, "f p 3"],
+  scores: Float[np.ndarray, "f b"],
+  present: Bool[np.ndarray, " f"],
+  mesh: marks.Mesh,
+  width: int,
+  height: int,
+  *,
+  focal_px: float | None = None,
+  rounds: int = 6,
+  advance=lambda: None,
+) -> Track:
+  """Fits camera, face and poses to landmarks in pixels.
+
+  Args:
+    points: landmarks and relative depth; rows of frames without a face are ignored.
+    scores: blendshape scores.
+    present: frames that have a face; at least 10.
+    mesh: the average face.
+    width: of the picture.
+    height: of the picture.
+    focal_px: the camera's, if known; else it is searched.
+    rounds: of fitting pose and shape in turn.
+    advance: called after each of `steps(focal_px)` pieces of work.
+
+  Returns:
+    Poses for every frame; where no face is, what smooth motion between the neighbours says.
+  """
+  seen = np.flatnonzero(present)
+  pixels = np.where(present[:, None, None], points[:, :, :2], 0.0) - np.array([width, height]) / 2
+  noise = NOISE_PX * max(_face_size(pixels[seen]) / 200, 0.25)
+  prior = _start_shape(points, seen, mesh)
+  still = _stillness(mesh)
+  coefficients = _compress(scores, present)
+  problem = _Problem(pixels, present, prior, still, coefficients, noise, breaks(points, present))
+  if focal_px is None:
+    few = seen[np.unique(np.linspace(0, len(seen) - 1, min(60, len(seen))).astype(int))]
+    sample = problem.pick(few)
+    grid = width * np.geomspace(1.2, 5.0, 7)
+    costs = []
+    for focal in grid:
+      costs.append(_solve(sample, float(focal), 4).cost)
+      advance()
+    focal_px = _lowest(np.log(grid), np.array(costs), width)
+  solution = _solve(problem, focal_px, rounds)
+  advance()
+
+  # Poses fitted to nine tenths of the landmarks, measured on the rest.
+  out = np.arange(len(still)) % 10 == 3
+  partial = _pose(problem, solution, np.where(out, 0.0, 1.0))
+  rest = np.where(out, solution.weights, 0.0)
+  held_out = _rms(problem, solution._replace(poses=_smooth(problem, partial)), rest)
+  raw = _pose(problem, solution, np.ones(len(still)))
+  advance()
+
+  head = solution.shape[solution.weights > 0.5]
+  viewmats = np.tile(np.eye(4), (len(points), 1, 1))
+  viewmats[:, :3, :3], viewmats[:, :3, 3] = solution.poses
+  return Track(
+    focal_px=focal_px,
+    viewmats=viewmats,
+    shape=solution.shape,
+    directions=solution.directions,
+    coefficients=coefficients,
+    weights=solution.weights,
+    reprojection_px=_rms(problem, solution, solution.weights),
+    held_out_px=held_out,
+    jitter_px=jitter(project(head, viewmats, focal_px, width, height)[present]),
+    raw_jitter_px=jitter(_project(head, raw.rotations, raw.translations, focal_px)[present]),
+  )
+
+
+def steps(focal_px: float | None) -> int:
+  """How often `fit` calls `advance`."""
+  return 2 if focal_px else 9
+
+
+def project(
+  points: Float[np.ndarray, "p 3"],
+  viewmats: Float[np.ndarray, "f 4 4"],
+  focal_px: float,
+  width: int,
+  height: int,
+) -> Float[np.ndarray, "f p 2"]:
+  """World points to pixels, the principal point in the picture's middle."""
+  flat = _project(points, viewmats[:, :3, :3], viewmats[:, :3, 3], focal_px)
+  return flat + np.array([width, height]) / 2
+
+
+def jitter(pixels: Float[np.ndarray, "f p 2"], cutoff_hz: float = CUTOFF_HZ) -> float:
+  """RMS length in pixels of what moves faster than `cutoff_hz`."""
+  if len(pixels) < 8:
+    return 0.0
+  # A line through the ends is taken off and the rest mirrored, lest the ends ring.
+  ramp = np.linspace(0, 1, len(pixels))[:, None, None]
+  level = pixels - (pixels[:1] * (1 - ramp) + pixels[-1:] * ramp)
+  mirrored = np.concatenate([level, -level[-2:0:-1]])
+  spectrum = np.fft.rfft(mirrored, axis=0)
+  spectrum[np.fft.rfftfreq(len(mirrored), 1 / FPS) < cutoff_hz] = 0
+  fast = np.fft.irfft(spectrum, len(mirrored), axis=0)[: len(pixels)]
+  return float(np.sqrt((fast**2).sum(-1).mean()))
+
+
+def breaks(
+  points: Float[np.ndarray, "f p 3"], present: Bool[np.ndarray, " f"]
+) -> Bool[np.ndarray, " f"]:
+  """Frames at which the face has jumped from the frame before: a cut."""
+  out = np.zeros(len(points), bool)
+  both = present[1:] & present[:-1]
+  size = np.ptp(points[1:, :, 1], axis=1)
+  moved = np.median(np.linalg.norm(np.diff(points[:, :, :2], axis=0), axis=2), axis=1)
+  out[1:] = both & (np.nan_to_num(moved) > 0.2 * np.nan_to_num(size, nan=1.0))
+  return out
+
+
+class _Poses(NamedTuple):
+  rotations: Float[np.ndarray, "f 3 3"]
+  translations: Float[np.ndarray, "f 3"]
+
+
+class _Raw(NamedTuple):
+  """Poses each fitted alone, and how firmly."""
+
+  rotations: Float[np.ndarray, "f 3 3"]
+  translations: Float[np.ndarray, "f 3"]
+  information: Float[np.ndarray, "f 6 6"]
+
+
+class _Solution(NamedTuple):
+  focal_px: float
+  poses: _Poses
+  shape: Float[np.ndarray, "p 3"]
+  directions: Float[np.ndarray, "k p 3"]
+  weights: Float[np.ndarray, " p"]
+  cost: float
+
+
+class _Problem(NamedTuple):
+  """What is known: pixels are relative to the principal point."""
+
+  pixels: Float[np.ndarray, "f p 2"]
+  present: Bool[np.ndarray, " f"]
+  prior: Float[np.ndarray, "p 3"]
+  still: Float[np.ndarray, " p"]
+  coefficients: Float[np.ndarray, "f k"]
+  noise: float
+  cuts: Bool[np.ndarray, " f"]
+
+  def pick(self, frames: np.ndarray) -> "_Problem":
+    """The chosen frames, untied in time."""
+    return self._replace(
+      pixels=self.pixels[frames],
+      present=self.present[frames],
+      coefficients=self.coefficients[frames],
+      cuts=np.ones(len(frames), bool),
+    )
+
+
+def _solve(problem: _Problem, focal: float, rounds: int) -> _Solution:
+  """Pose and shape in turn, from the average face."""
+  start = _start_poses(problem.pixels, problem.present, problem.prior, problem.still, focal)
+  nothing = np.zeros((problem.coefficients.shape[1], *problem.prior.shape))
+  now = _Solution(focal, start, problem.prior, nothing, problem.still, np.inf)
+  every = np.ones(len(problem.still))
+  for _ in range(rounds):
+    now = now._replace(poses=_smooth(problem, _pose(problem, now, every)))
+    shape, directions = _shape(problem, now)
+    now = now._replace(shape=shape, directions=directions)
+    now = now._replace(weights=_reweigh(problem, now))
+  now = now._replace(poses=_smooth(problem, _pose(problem, now, every)))
+  residual = _residuals(problem, now) / problem.noise
+  robust = np.log1p((residual**2).sum(-1)) * problem.still[None]
+  data = robust[problem.present].sum() / MEMORY_FRAMES
+  drift = ((now.shape - problem.prior) ** 2).sum() / SHAPE_SPREAD_M**2
+  # Points of a face deviate together, as about ten free numbers would.
+  return now._replace(cost=float(data + 0.02 * drift))
+
+
+@functools.partial(jax.jit, static_argnames=("iterations",))
+def _pose_steps(
+  pixels: Float[Array, "f p 2"],
+  faces: Float[Array, "f p 3"],
+  weights: Float[Array, " p"],
+  rotations: Float[Array, "f 3 3"],
+  translations: Float[Array, "f 3"],
+  focal: Float[Array, ""],
+  noise: Float[Array, ""],
+  iterations: int = 6,
+):
+  """Damped Gauss-Newton on every frame's pose alone; returns pose and information matrix."""
+
+  def normal(rotation, translation, face, seen):
+    turned = face @ rotation.T
+    at = turned + translation[None, :]
+    x, y, z = at[:, 0], at[:, 1], jnp.maximum(at[:, 2], 1e-2)
+    residual = focal * jnp.stack([x / z, y / z], 1) - seen
+    zero = jnp.zeros_like(z)
+    d_pixel = (focal / z)[:, None, None] * jnp.stack(
+      [jnp.stack([zero + 1, zero, -x / z], 1), jnp.stack([zero, zero + 1, -y / z], 1)], 1
+    )
+    cross = jnp.stack(  # d at / d omega = -[turned]x
+      [
+        jnp.stack([zero, turned[:, 2], -turned[:, 1]], 1),
+        jnp.stack([-turned[:, 2], zero, turned[:, 0]], 1),
+        jnp.stack([turned[:, 1], -turned[:, 0], zero], 1),
+      ],
+      1,
+    )
+    jacobian = jnp.concatenate([d_pixel @ cross, d_pixel], 2)  # p 2 6
+    w = weights / (1 + (residual**2).sum(1) / (3 * noise) ** 2)  # Cauchy
+    lhs = jnp.einsum("p,pia,pib->ab", w, jacobian, jacobian)
+    rhs = jnp.einsum("p,pia,pi->a", w, jacobian, residual)
+    return lhs, rhs
+
+  def step(pose, _):
+    rotation, translation = pose
+    lhs, rhs = jax.vmap(normal)(rotation, translation, faces, pixels)
+    damp = 1e-5 * jnp.einsum("faa->fa", lhs)[:, :, None] * jnp.eye(6)[None]
+    delta = -jnp.linalg.solve(lhs + damp + 1e-9 * jnp.eye(6)[None], rhs[..., None])[..., 0]
+    delta = jnp.clip(delta, -0.3, 0.3)
+    rotation = jax.vmap(_expm)(delta[:, :3]) @ rotation
+    return (rotation, translation + delta[:, 3:]), None
+
+  (rotations, translations), _ = jax.lax.scan(
+    step, (rotations, translations), None, length=iterations
+  )
+  lhs, _ = jax.vmap(normal)(rotations, translations, faces, pixels)
+  return rotations, translations, lhs
+
+
+def _pose(problem: _Problem, now: _Solution, mask: Float[np.ndarray, " p"]) -> _Raw:
+  faces = _faces(now.shape, now.directions, problem.coefficients)
+  rotations, translations, information = _pose_steps(
+    *(jnp.asarray(x, jnp.float32) for x in (problem.pixels, faces, now.weights * mask)),
+    *(jnp.asarray(x, jnp.float32) for x in now.poses),
+    jnp.float32(now.focal_px),
+    jnp.float32(problem.noise),
+  )
+  r = np.asarray(rotations, np.float64)
+  return _Raw(r, np.asarray(translations, np.float64), np.asarray(information, np.float64))
+
+
+def _smooth(problem: _Problem, raw: _Raw) -> _Poses:
+  """Ties poses in time: least squares of the poses' own information and of their acceleration.
+
+  The penalty is measured in the clip's median information, so that one number, the frequency at
+  which half of a motion passes, holds for turns and shifts alike. Frames without a face carry no
+  information and follow their neighbours; over cuts nothing is tied.
+  """
+  frames = len(raw.rotations)
+  if problem.cuts.all() or frames < 4:
+    return _Poses(raw.rotations, raw.translations)
+  known = problem.present
+  middle = _nearest_rotation(raw.rotations[known].mean(0))
+  turns = np.stack([_logm(r @ middle.T) for r in raw.rotations])
+  values = np.concatenate([turns, raw.translations], 1)
+  metric = np.median(raw.information[known], axis=0)
+  metric = (metric + metric.T) / 2 + 1e-6 * np.trace(metric) * np.eye(6)
+  # A frame that fits badly has less information; never more than a few times the median.
+  strength = 1 / (2 * np.sin(np.pi * CUTOFF_HZ / FPS)) ** 4
+  bands = np.zeros((18, frames * 6))  # lower form: bands[i - j, j] = A[i, j]
+
+  def add(a: int, b: int, block: np.ndarray) -> None:
+    for i in range(6):
+      for j in range(6):
+        row, column = a * 6 + i, b * 6 + j
+        if row >= column:
+          bands[row - column, column] += block[i, j]
+
+  rhs = np.zeros((frames, 6))
+  for f in range(frames):
+    own = raw.information[f] if known[f] else 1e-6 * metric
+    own = (own + own.T) / 2
+    add(f, f, own)
+    rhs[f] = own @ np.where(known[f], values[f], values[known].mean(0))
+  for f in range(1, frames - 1):
+    if problem.cuts[f] or problem.cuts[f + 1]:
+      continue
+    for a, x in ((-1, 1.0), (0, -2.0), (1, 1.0)):
+      for b, y in ((-1, 1.0), (0, -2.0), (1, 1.0)):
+        if a >= b:
+          add(f + a, f + b, strength * x * y * metric)
+  smooth = scipy.linalg.solveh_banded(bands, rhs.reshape(-1), lower=True).reshape(frames, 6)
+  rotations = np.stack([_rotation(w) for w in smooth[:, :3]]) @ middle
+  return _Poses(rotations, smooth[:, 3:])
+
+
+@jax.jit
+def _shape_normals(pixels, faces, rotations, translations, focal, noise, still, basis, present):
+  """Normal equations of every landmark's shape and directions: [p 3q 3q], [p 3q]."""
+  at = jnp.einsum("fab,fpb->fpa", rotations, faces) + translations[:, None, :]
+  x, y, z = at[..., 0], at[..., 1], jnp.maximum(at[..., 2], 1e-2)
+  residual = focal * jnp.stack([x / z, y / z], -1) - pixels
+  row_x = rotations[:, None, 0, :] - (x / z)[..., None] * rotations[:, None, 2, :]
+  row_y = rotations[:, None, 1, :] - (y / z)[..., None] * rotations[:, None, 2, :]
+  jacobian = (focal / z)[..., None, None] * jnp.stack([row_x, row_y], 2)  # f p 2 3
+  robust = present[:, None] / (1 + (residual**2).sum(-1) / (3 * noise) ** 2)
+  w = robust / noise**2 / MEMORY_FRAMES
+  square = jnp.einsum("fp,fpia,fpib->fpab", w, jacobian, jacobian)
+  pull = -jnp.einsum("fp,fpia,fpi->fpa", w, jacobian, residual)
+  lhs = jnp.einsum("fq,fr,fpab->pqarb", basis, basis, square)
+  rhs = jnp.einsum("fq,fpa->pqa", basis, pull)
+  return lhs, rhs
+
+
+def _shape(problem: _Problem, now: _Solution):
+  """Still shape and expression directions that fit best under the current poses."""
+  basis = np.concatenate([np.ones((len(problem.pixels), 1)), problem.coefficients], 1)
+  faces = _faces(now.shape, now.directions, problem.coefficients)
+  arrays = (problem.pixels, faces, *now.poses, now.focal_px, problem.noise)
+  lhs, rhs = _shape_normals(
+    *(jnp.asarray(x, jnp.float32) for x in arrays),
+    *(jnp.asarray(x, jnp.float32) for x in (problem.still, basis, problem.present)),
+  )
+  count, q = lhs.shape[0], lhs.shape[1]
+  lhs = np.asarray(lhs, np.float64).reshape(count, q * 3, q * 3)
+  rhs = np.asarray(rhs, np.float64)
+  # Priors: the shape about the average face, the directions about nothing.
+  spread = MOVING_SPREAD_M * np.clip(1 - problem.still, 0.1, 1.0)
+  firm = np.empty((count, q, 3))
+  firm[:, 0] = 1 / SHAPE_SPREAD_M**2
+  firm[:, 1:] = 1 / spread[:, None, None] ** 2
+  before = np.concatenate([now.shape[:, None], now.directions.transpose(1, 0, 2)], 1)
+  target = np.zeros_like(before)
+  target[:, 0] = problem.prior
+  rhs = rhs + firm * (target - before)
+  lhs = lhs + firm.reshape(count, -1)[:, :, None] * np.eye(q * 3)
+  after = before + np.linalg.solve(lhs, rhs.reshape(count, -1, 1)).reshape(count, q, 3)
+  shape, directions = after[:, 0], after[:, 1:].transpose(1, 0, 2)
+  # An expression must not turn or shift the head: take that out of its directions, and out of the
+  # shape what turns or shifts it against the average face (scale stays where the prior holds it).
+  rigid = _rigid_motions(shape)
+  solver = np.linalg.pinv(rigid * np.sqrt(now.weights).repeat(3)[:, None])
+  root = np.sqrt(now.weights)[:, None]
+  flat = (directions * root[None]).reshape(len(directions), -1)
+  directions = directions - (flat @ solver.T @ rigid.T).reshape(directions.shape)
+  shape = shape - (rigid @ (solver @ ((shape - problem.prior) * root).reshape(-1))).reshape(-1, 3)
+  return shape, directions
+
+
+def _reweigh(problem: _Problem, now: _Solution) -> Float[np.ndarray, " p"]:
+  """Stillness of each landmark, lower where it moves against the fit."""
+  residual = _residuals(problem, now)[problem.present]
+  # What the first half of a second has in common is a bias of the network, not motion.
+  spread = np.sqrt(np.median((residual - np.median(residual, 0)) ** 2, axis=0).sum(-1)) * 1.5
+  return problem.still / (1 + (spread / problem.noise) ** 2)
+
+
+def _residuals(problem: _Problem, now: _Solution) -> Float[np.ndarray, "f p 2"]:
+  faces = _faces(now.shape, now.directions, problem.coefficients)
+  return _project(faces, *now.poses, now.focal_px) - problem.pixels
+
+
+def _rms(problem: _Problem, now: _Solution, weights: Float[np.ndarray, " p"]) -> float:
+  square = (_residuals(problem, now)[problem.present] ** 2).sum(-1).mean(0)
+  return float(np.sqrt((square * weights).sum() / weights.sum()))
+
+
+def _project(points, rotations, translations, focal):
+  """[p 3] or [f p 3] to pixels about the principal point, [f p 2]."""
+  points = np.broadcast_to(points, (len(rotations), *points.shape[-2:]))
+  at = np.einsum("fab,fpb->fpa", rotations, points) + translations[:, None, :]
+  return focal * at[..., :2] / np.maximum(at[..., 2:], 1e-2)
+
+
+def _faces(shape, directions, coefficients) -> Float[np.ndarray, "f p 3"]:
+  return shape[None] + np.einsum("fk,kpc->fpc", coefficients, directions)
+
+
+def _start_poses(pixels, present, shape, still, focal) -> _Poses:
+  """Poses from the affine map of shape to pixels, the camera taken for far away."""
+  centre = (shape * still[:, None]).sum(0) / still.sum()
+  away = (shape - centre) * still[:, None]
+  solver = np.linalg.solve(away.T @ (shape - centre), away.T)  # 3 p
+  rotations, translations = np.empty((len(pixels), 3, 3)), np.empty((len(pixels), 3))
+  last = (np.diag([1.0, -1.0, -1.0]), np.array([0.0, 0.0, 1.0]))
+  for f in range(len(pixels)):
+    if present[f]:
+      middle = (pixels[f] * still[:, None]).sum(0) / still.sum()
+      affine = (solver @ (pixels[f] - middle)).T  # 2 3
+      scale = np.linalg.norm(affine, axis=1).mean()
+      rows = affine / scale
+      rotation = _nearest_rotation(np.stack([rows[0], rows[1], np.cross(rows[0], rows[1])]))
+      depth = focal / scale
+      at = np.array([*(middle * depth / focal), depth])
+      last = (rotation, at - rotation @ centre)
+    rotations[f], translations[f] = last
+  first = int(np.argmax(present))
+  rotations[:first], translations[:first] = rotations[first], translations[first]
+  return _Poses(rotations, translations)
+
+
+def _start_shape(points, seen, mesh: marks.Mesh) -> Float[np.ndarray, "p 3"]:
+  """Average of the mesh and of the clip's own shape as the network sees it, on the mesh's scale."""
+  base = mesh.vertices - CENTRE
+  still = _stillness(mesh)[:468]
+  total = np.zeros((marks.LANDMARKS, 3))
+  for f in seen:
+    own = points[f] * np.array([1.0, -1.0, -1.0])
+    total += _align(own, base, still)
+  own = _align(total / len(seen), base, still)
+  shape = own.copy()
+  shape[:468] = (own[:468] + base) / 2
+  for ring, iris in ((marks.RIGHT_EYE, slice(468, 473)), (marks.LEFT_EYE, slice(473, 478))):
+    shape[iris] += (shape[ring] - own[ring]).mean(0)  # irises stay in their eyes
+  return shape
+
+
+def _align(points, base, weights) -> Float[np.ndarray, "p 3"]:
+  """Points turned, scaled and shifted so that the first 468 lie nearest to `base`."""
+  w = weights / weights.sum()
+  mine, theirs = w @ points[:468], w @ base
+  a, b = points[:468] - mine, base - theirs
+  u, s, vt = np.linalg.svd((b * w[:, None]).T @ a)
+  sign = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
+  turn = u @ (sign[:, None] * vt)
+  scale = (s * sign).sum() / (w @ (a**2).sum(1))
+  return scale * (points - mine) @ turn.T + theirs
+
+
+def _stillness(mesh: marks.Mesh) -> Float[np.ndarray, " p"]:
+  """How little expression moves each landmark, 0..1, from where it lies on the average face."""
+  v = mesh.vertices
+  still = np.ones(marks.LANDMARKS)
+  below = v[2, 1] - v[:, 1]  # metres under the base of the nose: lips, chin, jaw
+  still[:468] = np.clip(1 - below / 0.01, 0.03, 1.0)
+  rings = v[marks.RIGHT_EYE + marks.LEFT_EYE]
+  near = np.linalg.norm(v[:, None] - rings[None], axis=2).min(1)
+  still[:468] *= np.clip(near / 0.015, 0.1, 1.0)
+  brows = v[marks.IBUG[17:27]]
+  near = np.linalg.norm(v[:, None] - brows[None], axis=2).min(1)
+  still[:468] *= np.clip(near / 0.02, 0.3, 1.0)
+  still[468:] = 0.01
+  return still
+
+
+def _compress(scores, present) -> Float[np.ndarray, "f k"]:
+  """Principal parts of the blendshape scores, unit variance; zero where no face is."""
+  used = scores[present][:, 1:]
+  mean = used.mean(0)
+  _, s, vt = np.linalg.svd(used - mean, full_matrices=False)
+  keep = s > 1e-3 * max(s[0], 1e-6)
+  keep &= np.arange(len(s)) < min(DIRECTIONS, max(len(used) // 20, 1))
+  spread = s[keep] / np.sqrt(len(used))
+  out = np.zeros((len(scores), int(keep.sum())))
+  out[present] = (used - mean) @ vt[keep].T / np.maximum(spread, 1e-6)
+  return np.clip(out, -6, 6)
+
+
+def _lowest(x, costs, width) -> float:
+  """Focal length of the lowest cost, by a parabola through it and its neighbours."""
+  costs = costs + 0.5 * ((x - np.log(FOCAL_PRIOR[0] * width)) / FOCAL_PRIOR[1]) ** 2
+  best = int(np.clip(np.argmin(costs), 1, len(x) - 2))
+  a, b, c = costs[best - 1 : best + 2]
+  bend = a - 2 * b + c
+  move = 0.5 * (a - c) / bend if bend > 0 else 0.0
+  return float(np.exp(x[best] + np.clip(move, -1, 1) * (x[1] - x[0])))
+
+
+def _face_size(pixels) -> float:
+  return float(np.median(np.ptp(pixels[:, :468], axis=1).max(1)))
+
+
+def _rigid_motions(points) -> Float[np.ndarray, "p*3 6"]:
+  """Displacements of the points under small turns and shifts."""
+  turns = np.cross(np.eye(3)[:, None], points[None])  # 3 p 3
+  shifts = np.broadcast_to(np.eye(3)[:, None], turns.shape)
+  return np.concatenate([turns, shifts]).reshape(6, -1).T
+
+
+def _nearest_rotation(matrix) -> Float[np.ndarray, "3 3"]:
+  u, _, vt = np.linalg.svd(matrix)
+  return u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
+
+
+def _rotation(turn) -> Float[np.ndarray, "3 3"]:
+  angle = np.linalg.norm(turn)
+  k = np.cross(np.eye(3), turn / max(angle, 1e-12))
+  return np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * k @ k
+
+
+def _logm(rotation) -> Float[np.ndarray, "3"]:
+  cosine = np.clip((np.trace(rotation) - 1) / 2, -1, 1)
+  axis = np.array([
+    rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]
+  ])  # fmt: skip
+  angle = np.arccos(cosine)
+  return axis / 2 if angle < 1e-6 else axis * angle / (2 * np.sin(angle))
+
+
+def _expm(turn: Float[Array, "3"]) -> Float[Array, "3 3"]:
+  square = turn @ turn
+  small = square < 1e-8
+  angle = jnp.sqrt(jnp.where(small, 1.0, square))
+  a = jnp.where(small, 1 - square / 6, jnp.sin(angle) / angle)
+  b = jnp.where(small, 0.5 - square / 24, (1 - jnp.cos(angle)) / angle**2)
+  zero = jnp.zeros(())
+  k = jnp.stack([
+    jnp.stack([zero, -turn[2], turn[1]]),
+    jnp.stack([turn[2], zero, -turn[0]]),
+    jnp.stack([-turn[1], turn[0], zero]),
+  ])  # fmt: skip
+  return jnp.eye(3) + a * k + b * k @ k
