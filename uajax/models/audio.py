@@ -1,0 +1,80 @@
+"""What a frame's neighbouring audio windows become: one short code (method.md C.2).
+
+Axes: b neighbouring windows (8), d audio channels, w steps of a window, c code.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_SLOPE = 0.02
+
+
+
+
+class Linear(nn.Module):
+  """A dense layer whose weights and biases start within +-1 / sqrt(inputs), as torch's do."""
+
+  features: int
+  use_bias: bool = True
+  still: bool = False  # start at zero
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+    inputs = x.shape[-1]
+    limit = 0.0 if self.still else inputs**-0.5
+    y = x @ self.param("kernel", uniform(limit), (inputs, self.features))
+    if not self.use_bias:
+      return y
+    bias = self.param("bias", uniform(limit), (self.features,))
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def uniform(limit: float):
+  """Initialiser: uniform within +-limit."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
+
+
+def _convolve(x: Float[Array, "b w d"], width: int, strides: int, name: str):
+  limit = (3 * x.shape[-1]) ** -0.5
+  conv = nn.Conv(width, (3,), strides=strides, padding=1, kernel_init=uniform(limit),
+                 bias_init=uniform(limit), name=name)
+  return nn.leaky_relu(conv(x), _SLOPE)
+
+
+class AudioNet(nn.Module):
+  """Encodes each window: four convolutions that halve its steps, then two dense layers."""
+
+  code: int = 32
+  widths: Sequence[int] = (32, 32, 64, 64)
+
+  @nn.compact
+  def __call__(self, windows: Float[Array, "b d w"]) -> Float[Array, "b c"]:
+    x = windows.swapaxes(1, 2)
+    for i, width in enumerate(self.widths):
+      x = _convolve(x, width, 2, f"conv_{i}")
+    # Windows of up to 16 steps end as one step; longer ones are flattened, step by step.
+    x = x.reshape(x.shape[0], -1)
+    x = nn.leaky_relu(Linear(self.widths[-1], name="hidden")(x), _SLOPE)
+    return Linear(self.code, name="code")(x)
+
+
+class AudioAttention(nn.Module):
+  """Weighs the neighbouring windows' codes into one."""
+
+  widths: Sequence[int] = (16, 8, 4, 2, 1)
+
+  @nn.compact
+  def __call__(self, codes: Float[Array, "b c"]) -> Float[Array, " c"]:
+    x = codes
+    for i, width in enumerate(self.widths):
+      x = _convolve(x[None], width, 1, f"conv_{i}")[0]
+    weights = nn.softmax(Linear(codes.shape[0], name="weights")(x[:, 0]))
+    return weights @ codes

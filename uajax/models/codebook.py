@@ -1,0 +1,51 @@
+"""What a frame's emotion means at each position: multi-resolution code-books times tri-planes.
+
+The emotion asks each code-book softly and gets one code a scale back, the same for every splat;
+a position's features of that scale are weighed with it channel by channel (method.md B.4).
+
+Axes: n positions, c channels, s scales, f = s c features.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from uajax.config import Planes as PlanesConfig
+from uajax.models.audio import Linear
+from uajax.models.planes import Planes
+
+ENTRIES = 64  # of the code-book of a scale, times the scale's multiple
+
+
+class Emotion(NamedTuple):
+  """f_emotion(x) = features * code. Apart, so that the code can be folded into weights."""
+
+  features: Float[Array, "n f"]
+  code: Float[Array, " f"]
+
+
+class EmotionEncoder(nn.Module):
+  config: PlanesConfig
+
+  @nn.compact
+  def __call__(self, emotion: Float[Array, " 128"], points: Float[Array, "n 3"]) -> Emotion:
+    width = self.config.features
+    query = Linear(width, name="query")(emotion)
+    codes = []
+    for i, multiple in enumerate(self.config.multiples):
+      book = self.param(f"codebook_{i}", _uniform, (ENTRIES * multiple, width))
+      codes.append(look_up(book, query))
+    features = Planes(self.config, name="planes")(points)
+    return Emotion(jnp.concatenate(features, -1), jnp.concatenate(codes))
+
+
+def _uniform(key, shape, dtype=jnp.float32):
+  return jax.random.uniform(key, shape, dtype, 0.1, 0.5)
+
+
+def look_up(book: Float[Array, "e c"], query: Float[Array, " c"]) -> Float[Array, " c"]:
+  """The entries' mean, weighed by softmax of their similarity to the query over sqrt(c)."""
+  return jax.nn.softmax(book @ query * query.shape[0] ** -0.5) @ book

@@ -1,0 +1,66 @@
+"""Tri-planes: a position's features from three axis-aligned feature planes, at several scales.
+
+Position x reads the planes of the axis pairs (0, 1), (0, 2) and (1, 2) bilinearly, multiplies
+what it finds and concatenates the scales (method.md C.1). The first axis of a pair runs along a
+plane's columns, the second along its rows, both flipped: coordinate -x / bound in [-1, 1] from
+the first texel's centre to the last's; beyond the bound the border holds.
+
+Axes: n positions, s scales, p planes (3), r texels a side, c channels.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from uajax.config import Planes as PlanesConfig
+
+PAIRS = ((0, 1), (0, 2), (1, 2))  # (columns, rows)
+
+
+class Planes(nn.Module):
+  """Features of positions, one [n c] a scale; see `sample`. Parameters: `scale_s` [p r r c]."""
+
+  config: PlanesConfig
+
+  @nn.compact
+  def __call__(self, points: Float[Array, "n 3"]) -> list[Float[Array, "n c"]]:
+    channels = self.config.features
+    scales = []
+    for i, multiple in enumerate(self.config.multiples):
+      side = self.config.resolution * multiple
+      planes = self.param(f"scale_{i}", _uniform, (3, side, side, channels))
+      scales.append(sample(planes, points, self.config.bound))
+    return scales
+
+
+def _uniform(key, shape, dtype=jnp.float32):
+  return jax.random.uniform(key, shape, dtype, 0.1, 0.5)
+
+
+def sample(
+  planes: Float[Array, "p r r c"], points: Float[Array, "n 3"], bound: float
+) -> Float[Array, "n c"]:
+  """The product of the three planes at each position, differentiable in both.
+
+  Args:
+    planes: at least two texels a side.
+    points: metres.
+    bound: metres, where the planes end.
+  """
+  side, channels = planes.shape[1], planes.shape[3]
+  at = (1 - points / bound) * (0.5 * (side - 1))  # 0 at +bound, side - 1 at -bound
+  at = jnp.clip(at, 0, side - 1)
+  low = jnp.clip(jnp.floor(at), 0, side - 2).astype(jnp.int32)  # the last texel has weight 1
+  weight = at - low
+  column, row = (jnp.asarray(axes) for axes in zip(*PAIRS, strict=True))
+  right, down = weight[:, column].T[..., None], weight[:, row].T[..., None]  # [p n 1]
+  first = jnp.arange(3)[:, None] * side * side + low[:, row].T * side + low[:, column].T
+  texels = planes.reshape(-1, channels)
+
+  def texel(offset: int) -> Float[Array, "p n c"]:
+    return texels.at[first + offset].get(mode="promise_in_bounds")
+
+  top = texel(0) * (1 - right) + texel(1) * right
+  bottom = texel(side) * (1 - right) + texel(side + 1) * right
+  return (top * (1 - down) + bottom * down).prod(0)
