@@ -61,7 +61,9 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     return VideoInfo(width, height, fps, frames, duration_s, bool(container.streams.audio))
 
 
-def read_frames(path: str | os.PathLike, *, fps: float = FPS) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def read_frames(
+  path: str | os.PathLike, *, fps: float = FPS
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
   """The pictures at an even `fps`: each tick shows the frame nearest in time.
 
   Opens the file at once (so that a wrong one fails here) and decodes as it is iterated.
@@ -132,14 +134,14 @@ def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ) -> Float32[n
     samples = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
     if not samples.size:
       raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
-    video = next(iter(_moving(container)), None)
+    if stream.duration:  # codecs fill their last block; the container knows where sound ends
+      length = math.ceil(float(stream.duration * stream.time_base) * rate - 1e-6)
+      samples = samples[: max(1, length)]
+    video = next(_moving(container), None)
     if video is not None:
       begin_s = float((video.start_time or 0) * video.time_base)
       late = round(((first_s or 0.0) - begin_s) * rate)
       samples = np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
-    # Codecs fill their last block; the container knows where the sound ends.
-    if stream.duration:
-      samples = samples[: max(1, math.ceil(float(stream.duration * stream.time_base) * rate - 1e-6))]
     return np.clip(np.nan_to_num(samples), -1, 1).astype(np.float32)
 
 
@@ -350,7 +352,8 @@ def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
   def cut_off(found) -> UserError:
     unit = f"{count} frames" if stream.type == "video" else f"{reached_s:.1f} s of sound"
     return UserError(
-      f"{path} is cut off or damaged{found}: {unit} could be read: get the whole file or re-encode it"
+      f"{path} is cut off or damaged{found}: {unit} could be read: "
+      "get the whole file or re-encode it"
     )
 
   try:
