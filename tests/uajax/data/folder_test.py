@@ -77,8 +77,8 @@ def test_guide_and_lips(subject):
   path, values = subject
   clip = folder.read(path, "train")
   np.testing.assert_allclose(clip.guide.lip_height_px, 0.5 + 0.25 * np.arange(10), atol=1e-5)
-  np.testing.assert_allclose(clip.guide.blink, np.minimum(values["action_units"]["AU45"], 2)[:10] / 2,
-                             atol=1e-6)
+  blink = np.minimum(values["action_units"]["AU45"], 2)[:10] / 2
+  np.testing.assert_allclose(clip.guide.blink, blink, atol=1e-6)
   au25 = values["action_units"]["AU25"]
   np.testing.assert_allclose(clip.guide.au25, np.minimum(au25, np.percentile(au25, 95))[:10],
                              atol=1e-5)
@@ -140,7 +140,7 @@ def _edit_json(path, **changes):
 
 SPOILT = {
   "no folder": (lambda p: shutil.rmtree(p), "is not a folder"),
-  "no transforms": (lambda p: (p / "transforms_val.json").unlink(), "transforms_val.json is missing"),
+  "no transforms": (lambda p: (p / "transforms_val.json").unlink(), "val.json is missing"),
   "torn json": (lambda p: (p / "transforms_val.json").write_text('{"fo'), "damaged"),
   "bad id": (lambda p: _edit_json(p, img_id=-1), "img_id"),
   "pose": (lambda p: _edit_json(p, transform_matrix=[[0.0] * 4] * 4), "pose"),
@@ -166,7 +166,7 @@ SPOILT = {
     "AU45_r",
   ),
   "windows": (lambda p: np.save(p / "aud_mel.npy", np.ones((12, 80, 16))), "shape"),
-  "nan windows": (lambda p: np.save(p / "aud_mel.npy", np.full((12, 16, 80), np.nan)), "not finite"),
+  "nan": (lambda p: np.save(p / "aud_mel.npy", np.full((12, 16, 80), np.nan)), "not finite"),
   "pickled windows": (
     lambda p: np.save(p / "aud_mel.npy", np.asarray([{}] * 12), allow_pickle=True), "damaged"
   ),
