@@ -78,9 +78,14 @@ class Train:
   experiment: Path | None = None  # a Python file with get_config() -> Experiment, not a preset
 
   def run(self) -> int:
+    from uajax import lpips
     from uajax.train import loop
 
-    loop.train(self.subject, self.workdir, self.config)
+    try:
+      perceptual = lpips.load()
+    except UserError:
+      perceptual = None  # the loop says what follows from that
+    loop.train(self.subject, self.workdir, self.config, perceptual=perceptual)
     print(f"run folder: {self.workdir}; next: uajax evaluate {self.workdir}")
     return 0
 
@@ -258,8 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except WrongUse as error:
     return _fail(str(error), 2)
   except KeyboardInterrupt:
-    again = "the same command continues it" if words[:1] == ["train"] else "nothing was half-written"
-    return _fail(f"interrupted: {again}", 130)
+    resumes = words[:1] in (["train"], ["preprocess"], ["extract"])
+    left = "the same command goes on from here" if resumes else "nothing half-written is left"
+    return _fail(f"interrupted: {left}", 130)
   except Exception as error:
     if debug:
       traceback.print_exc()

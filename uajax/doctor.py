@@ -140,6 +140,7 @@ def _devices() -> Iterator[Finding]:
 def _rasteriser() -> Iterator[Finding]:
   """Not only which implementation is picked: it draws a splat with it."""
   import jax.numpy as jnp
+
   from kernels import splat
 
   out = splat.rasterize(
@@ -164,6 +165,7 @@ def _rasteriser() -> Iterator[Finding]:
 
 def _implementation() -> str:
   import jax
+
   from kernels.splat import api
 
   picked = getattr(api, "pick", None)

@@ -1,0 +1,261 @@
+"""An avatar for other programs: all its parameters (npz, safetensors), or its splats (ply).
+
+npz and safetensors hold every array under its path in the avatar, such as `face/splats/means`
+or `mouth/motion/params/...`, and `meta`, a JSON text with what the arrays do not say.
+`load_npz` and `load_safetensors` give the avatar back bit for bit. PLY is the layout of 3D
+Gaussian splatting viewers (method.md D.8): the head at rest, without motion.
+
+Axes: n splats.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uajax import config, saving
+from uajax.avatar import Avatar, Layer, init_motion
+from uajax.errors import UserError
+from uajax.types import Splats
+
+VERSION = 1
+MAX_BYTES = 8 << 30  # of an archive read back: no avatar comes near it
+LAYERS = ("face", "mouth")
+Which = Literal["both", "face", "mouth"]
+
+
+def export(
+  run_path: str | os.PathLike,
+  format: Literal["npz", "ply", "safetensors", "stablehlo"],
+  out: str | os.PathLike,
+  *,
+  layer: Which = "both",
+) -> list[pathlib.Path]:
+  """Writes the newest avatar of a run.
+
+  Args:
+    run_path: a run folder.
+    format: "npz" or "safetensors" (everything), "ply" (splats at rest).
+    out: the file. A ply of both layers becomes NAME_face.ply and NAME_mouth.ply.
+    layer: of a ply.
+
+  Returns:
+    the files written.
+
+  Raises:
+    UserError: no such run, a format that a later version brings, disk full.
+  """
+  if format not in ("npz", "ply", "safetensors"):
+    raise UserError(f"--format {format} comes with a later version: use npz, ply or safetensors")
+  from uajax import runs
+
+  out = pathlib.Path(out)
+  avatar = runs.open_run(run_path).avatar()
+  if format == "npz":
+    return [write_npz(out, avatar)]
+  if format == "safetensors":
+    return [write_safetensors(out, avatar)]
+  if layer != "both":
+    return [write_ply(out, getattr(avatar, layer))]
+  suffix = out.suffix or ".ply"
+  names = [out.with_name(f"{out.stem}_{name}{suffix}") for name in LAYERS]
+  return [write_ply(p, getattr(avatar, n)) for p, n in zip(names, LAYERS, strict=True)]
+
+
+def write_npz(path: str | os.PathLike, avatar: Avatar) -> pathlib.Path:
+  """All parameters of the avatar as a compressed NumPy archive."""
+  path = pathlib.Path(path)
+  # Through a file object: given a name, NumPy would append ".npz" to it.
+  with saving.aside(path) as partial, open(partial, "wb") as file:
+    np.savez_compressed(file, meta=np.array(_meta(avatar)), **flatten(avatar))
+  return path
+
+
+def load_npz(path: str | os.PathLike) -> Avatar:
+  """The avatar that `write_npz` wrote.
+
+  Raises:
+    UserError: no such file, damaged, of another version, or arrays that do not make an avatar.
+  """
+  path = _require_file(path)
+  try:
+    with zipfile.ZipFile(path) as archive:
+      if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+        raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 30} GiB: it is no avatar")
+    with np.load(path, allow_pickle=False) as archive:
+      arrays = {name: archive[name] for name in archive.files}
+    meta = str(arrays.pop("meta"))
+  except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError) as error:
+    raise UserError(f"{path} is no avatar archive ({_line(error)}): export it again") from error
+  return unflatten(arrays, meta, path)
+
+
+def write_safetensors(path: str | os.PathLike, avatar: Avatar) -> pathlib.Path:
+  """All parameters of the avatar in the safetensors format; `meta` in its header."""
+  from safetensors.numpy import save_file
+
+  path = pathlib.Path(path)
+  arrays = {name: np.ascontiguousarray(array) for name, array in flatten(avatar).items()}
+  with saving.aside(path) as partial:
+    save_file(arrays, str(partial), metadata={"meta": _meta(avatar)})
+  return path
+
+
+def load_safetensors(path: str | os.PathLike) -> Avatar:
+  """The avatar that `write_safetensors` wrote. Raises UserError as `load_npz` does."""
+  from safetensors import SafetensorError, safe_open
+
+  path = _require_file(path)
+  try:
+    with safe_open(str(path), framework="numpy") as file:
+      meta = (file.metadata() or {})["meta"]
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (SafetensorError, KeyError, ValueError, OSError) as error:
+    raise UserError(f"{path} is no avatar archive ({_line(error)}): export it again") from error
+  return unflatten(arrays, meta, path)
+
+
+def flatten(avatar: Avatar) -> dict[str, np.ndarray]:
+  """Every array of the avatar by its path, names joined by "/"."""
+  flat: dict[str, np.ndarray] = {}
+  for name in LAYERS:
+    layer = getattr(avatar, name)
+    tree = {"splats": layer.splats._asdict(), "alive": layer.alive, "motion": layer.motion}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+      flat["/".join([name, *(str(key.key) for key in path)])] = np.asarray(leaf)
+  return flat
+
+
+def unflatten(arrays: Mapping[str, np.ndarray], meta: str, source: os.PathLike) -> Avatar:
+  """The avatar of `flatten`ed arrays, each checked against what its configuration asks for.
+
+  Args:
+    meta: the JSON text written with them.
+    source: where they come from, for messages.
+
+  Raises:
+    UserError: another version; arrays lack, are too many, of wrong shape or type, not finite.
+  """
+  from uajax import runs
+
+  try:
+    said = json.loads(meta)
+    version, sh_degree = said["version"], said["sh_degree"]
+    motion_config = said["config"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{source}: its meta is damaged ({_line(error)}): export it again") from None
+  if version != VERSION:
+    raise UserError(f"{source} has format {version}, this version reads {VERSION}: export it again")
+  motion = runs.decode(config.Motion, motion_config, f"{source}: config")
+  if sh_degree not in (0, 1, 2):
+    raise UserError(f"{source}: SH degree {sh_degree} is not 0, 1 or 2: export it again")
+  layers, seen = {}, set()
+  motions = jax.eval_shape(lambda key: init_motion(key, motion), jax.random.key(0))
+  for name, shapes in zip(LAYERS, motions, strict=True):
+    means = arrays.get(f"{name}/splats/means")
+    count = len(means) if means is not None and means.ndim == 2 else 0
+    wanted = {"splats": _splat_shapes(count)._asdict(), "motion": shapes}
+    wanted["alive"] = jax.ShapeDtypeStruct((count,), np.bool_)
+    paths, tree = jax.tree_util.tree_flatten_with_path(wanted)
+    leaves = []
+    for path, spec in paths:
+      key = "/".join([name, *(str(part.key) for part in path)])
+      seen.add(key)
+      leaves.append(jnp.asarray(_checked(arrays, key, spec, source)))
+    made = jax.tree_util.tree_unflatten(tree, leaves)
+    layers[name] = Layer(Splats(**made["splats"]), made["alive"], made["motion"])
+  unknown = sorted(arrays.keys() - seen)
+  if unknown:
+    raise UserError(f"{source} holds arrays that no avatar has ({unknown[0]}): export it again")
+  return Avatar(face=layers["face"], mouth=layers["mouth"], config=motion, sh_degree=sh_degree)
+
+
+def write_ply(path: str | os.PathLike, layer: Layer) -> pathlib.Path:
+  """The living splats of a layer at rest, as splat viewers read them (method.md D.8).
+
+  Binary little endian; SH channel-major; scales as the logarithm of metres; opacities as
+  logits; rotations wxyz.
+
+  Raises:
+    UserError: no splat is alive, or the disk is full.
+  """
+  path = pathlib.Path(path)
+  alive = np.asarray(layer.alive)
+  if not alive.any():
+    raise UserError(f"{path} was not written: the layer has no splats yet, train it first")
+  splats = Splats(*(np.asarray(value, np.float64)[alive] for value in layer.splats))
+  columns = {f"{axis}": splats.means[:, i] for i, axis in enumerate("xyz")}
+  columns |= {name: np.zeros(len(splats.means)) for name in ("nx", "ny", "nz")}
+  columns |= {f"f_dc_{i}": splats.sh_dc[:, 0, i] for i in range(3)}
+  rest = np.asarray(splats.sh_rest).transpose(0, 2, 1).reshape(len(splats.means), -1)
+  columns |= {f"f_rest_{i}": rest[:, i] for i in range(rest.shape[1])}
+  columns["opacity"] = splats.logit_opacities
+  scales = log_softplus(splats.raw_scales)
+  columns |= {f"scale_{i}": scales[:, i] for i in range(3)}
+  quats = np.asarray(splats.quats)
+  quats = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
+  columns |= {f"rot_{i}": quats[:, i] for i in range(4)}
+  table = np.empty(len(quats), [(name, "<f4") for name in columns])
+  for name, column in columns.items():
+    table[name] = column
+  header = [
+    "ply",
+    "format binary_little_endian 1.0",
+    "comment uajax splats at rest, metres",
+    f"element vertex {len(table)}",
+    *(f"property float {name}" for name in columns),
+    "end_header",
+  ]
+  with saving.aside(path) as partial:
+    partial.write_bytes("\n".join([*header, ""]).encode("ascii") + table.tobytes())
+  return path
+
+
+def log_softplus(raw: np.ndarray) -> np.ndarray:
+  """log(log(1 + exp(raw))) in float64, right at both ends (raw far below 0: raw itself)."""
+  raw = np.asarray(raw, np.float64)
+  with np.errstate(divide="ignore"):
+    plain = np.log(np.logaddexp(0, raw))
+  return np.where(raw < -30, raw, plain)
+
+
+def _meta(avatar: Avatar) -> str:
+  record = {"version": VERSION, "sh_degree": int(avatar.sh_degree)}
+  return json.dumps(record | {"config": dataclasses.asdict(avatar.config)})
+
+
+def _splat_shapes(count: int) -> Splats:
+  spec = lambda *shape: jax.ShapeDtypeStruct((count, *shape), np.float32)
+  return Splats(spec(3), spec(3), spec(4), spec(), spec(1, 3), spec(8, 3))
+
+
+def _checked(arrays: Mapping[str, np.ndarray], key: str, spec, source) -> np.ndarray:
+  if key not in arrays:
+    raise UserError(f"{source} lacks {key}: export it again")
+  array = arrays[key]
+  if array.shape != spec.shape or array.dtype != spec.dtype:
+    raise UserError(
+      f"{source}: {key} is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}: "
+      "export it again"
+    )
+  if array.dtype.kind == "f" and not np.isfinite(array).all():
+    raise UserError(f"{source}: {key} holds NaN or infinity: export it again")
+  return array
+
+
+def _require_file(path: str | os.PathLike) -> pathlib.Path:
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise UserError(f"{path} does not exist: `uajax export` makes it")
+  return path
+
+
+def _line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
