@@ -1,0 +1,268 @@
+"""The rasteriser as the rest of the project sees it.
+
+Axes: c cameras, n splats, k spherical harmonics, f feature channels, h w pixels.
+"""
+
+import functools
+import math
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.splat import bins as binning
+from kernels.splat import pallas, project, reference, tuning, xla
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas")
+EXTENTS = ("exact", "official")
+PAIRS_PER_SPLAT = {8: 32, 16: 16}  # guessed where no capacity is given and none can be measured
+
+
+class Rasterized(NamedTuple):
+  """What the cameras see. Pixel (row r, column c) has its centre at (c + 0.5, r + 0.5)."""
+
+  color: Float[Array, "c h w 3"]  # over the background
+  alpha: Float[Array, "c h w 1"]  # 0..1; 1 - alpha of the background shows
+  depth: Float[Array, "c h w 1"]  # sum of z * alpha * transmittance; not divided by alpha
+  features: Float[Array, "c h w f"]  # over nothing
+  radii: Int[Array, "c n"]  # px, 3 sigma of the longer axis rounded up; 0 where invisible
+  overflow: Int[Array, ""]  # pairs of splat and tile beyond the capacity, hence not drawn
+  dropped: Int[Array, ""]  # splats left out because a value of theirs is not finite
+
+
+def rasterize(
+    means: Float[Array, "n 3"],
+    quats: Float[Array, "n 4"],
+    scales: Float[Array, "n 3"],
+    opacities: Float[Array, " n"],
+    colors: Float[Array, "n 3"] | Float[Array, "n k 3"],
+    viewmats: Float[Array, "c 4 4"],
+    Ks: Float[Array, "c 3 3"],
+    width: int,
+    height: int,
+    *,
+    sh_degree: int | None = None,
+    backgrounds: Float[Array, "c 3"] | Float[Array, " 3"] | None = None,
+    features: Float[Array, "n f"] | None = None,
+    detached: bool | tuple[int, ...] | None = None,
+    extent: str = "exact",
+    implementation: str | None = None,
+    capacity: int | None = None,
+    probe: Float[Array, "c n 2"] | None = None,
+) -> Rasterized:
+  """Draws Gaussian splats, differentiably.
+
+  Alpha is min(0.99, opacity * Gaussian); splats below 1/255 are skipped at a pixel, and a pixel
+  is finished before the splat that would leave it less than 1e-4 of the light. All values are
+  activated ones. A splat with a NaN or an infinity anywhere is left out, counted in `dropped`,
+  and gets zero gradient.
+
+  Args:
+    means: world units, below 1e4.
+    quats: rotations wxyz of any length.
+    scales: standard deviations along the axes, world units, below 1e4.
+    opacities: 0..1.
+    colors: RGB, or spherical harmonics if `sh_degree` is given; then the colour is
+      max(0, harmonics + 0.5).
+    viewmats: world to camera, OpenCV axes (x right, y down, z forward).
+    Ks: intrinsics in px.
+    width: of the image, px.
+    height: of the image, px.
+    sh_degree: 0..3; the first (sh_degree + 1)^2 harmonics count.
+    backgrounds: RGB behind the splats; black if None.
+    features: further channels, blended with the colour in the same pass.
+    detached: feature channels whose gradient goes to the features alone, not to geometry or
+      opacity; True for all.
+    extent: "exact": every pixel where alpha reaches 1/255; "official": a square of 3 sigma
+      rounded out to 16 px tiles, as the official rasteriser cuts splats.
+    implementation: None (what suits the device) | "reference" | "xla" | "pallas".
+    capacity: how many pairs of splat and tile are held. If None they are counted first where
+      the values are known; under `jit` a generous guess is made. What does not fit is not
+      drawn and counted in `overflow`: double the capacity then and run again.
+    probe: zeros, added to the projected means in px, to differentiate with respect to.
+
+  Returns:
+    The images, and what was seen.
+
+  Raises:
+    ValueError: where shapes or settings do not fit together.
+
+  Source: Kerbl et al. 2023; method.md D.2; names and conventions are gsplat's.
+  """
+  means, quats, scales, opacities, colors, viewmats, Ks = map(
+      jnp.asarray, (means, quats, scales, opacities, colors, viewmats, Ks))
+  n, cameras = means.shape[0], viewmats.shape[0]
+  features = jnp.zeros((n, 0), means.dtype) if features is None else jnp.asarray(features)
+  if backgrounds is None:
+    backgrounds = jnp.zeros(3, means.dtype)
+  backgrounds = jnp.asarray(backgrounds)
+  if backgrounds.shape == (3,):
+    backgrounds = jnp.broadcast_to(backgrounds[None], (cameras, 3))
+  bands = () if sh_degree is None else (colors.shape[1],)
+  expected = dict(means=(means, (n, 3)), quats=(quats, (n, 4)), scales=(scales, (n, 3)),
+                  opacities=(opacities, (n,)), colors=(colors, (n, *bands, 3)),
+                  viewmats=(viewmats, (cameras, 4, 4)), Ks=(Ks, (cameras, 3, 3)),
+                  backgrounds=(backgrounds, (cameras, 3)),
+                  features=(features, (n, features.shape[-1])))
+  if probe is not None:
+    probe = jnp.asarray(probe)
+    expected["probe"] = (probe, (cameras, n, 2))
+  for name, (x, shape) in expected.items():
+    if x.shape != shape:
+      raise ValueError(f"{name} has shape {x.shape} where {shape} is needed")
+  if sh_degree is not None and not (0 <= sh_degree <= 3 and (sh_degree + 1)**2 <= bands[0]):
+    raise ValueError(f"{sh_degree=} needs 0..3 and {(sh_degree + 1)**2} harmonics; "
+                     f"colors holds {bands[0]}")
+  if min(width, height, cameras) < 1:
+    raise ValueError(f"an image of {width}x{height} px by {cameras} cameras is empty")
+  if extent not in EXTENTS:
+    raise ValueError(f"{extent=} is none of {EXTENTS}")
+  platform = jax.default_backend()
+  attached = _attached(features.shape[1], detached)
+  if implementation is None:
+    implementation = _choose(platform, attached)
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
+  config = tuning.pick(platform, implementation)
+
+  if n == 0:  # one splat that nobody sees spares all others the question
+    means, quats, scales, opacities, colors, features = (
+        jnp.zeros((1, *x.shape[1:]), x.dtype)
+        for x in (means, quats, scales, opacities, colors, features))
+    probe = None if probe is None else jnp.zeros((cameras, 1, 2), probe.dtype)
+  splats = means, quats, scales, opacities, colors, features
+  settings = dict(width=width, height=height, sh_degree=sh_degree, extent=extent)
+  if capacity is None and implementation != "reference":
+    capacity = _capacity(splats, viewmats, Ks, probe, config.tile, settings)
+  elif capacity is not None and capacity < 1:
+    raise ValueError(f"{capacity=} is not positive")
+  out = _rasterize(splats, viewmats, Ks, backgrounds, probe, **settings, attached=attached,
+                   implementation=implementation, config=config, capacity=capacity)
+  return out._replace(radii=out.radii[:, :n])
+
+
+@functools.partial(jax.jit, static_argnames=(
+    "width", "height", "sh_degree", "extent", "attached", "implementation", "config", "capacity"))
+def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_degree, extent,
+               attached, implementation, config, capacity):
+  seen, values, dropped = _see(splats, viewmats, Ks, probe, width=width, height=height,
+                               sh_degree=sh_degree, extent=extent)
+  cameras, n = seen.depth.shape
+  if implementation == "reference":
+    draw = functools.partial(reference.composite, attached=attached, width=width, height=height)
+    shown, overflow = jax.vmap(draw)(seen, values), jnp.int32(0)
+  else:
+    tiles = binning.grid(width, height, config.tile)
+    pairs = binning.build(seen, tiles, capacity)
+    shapes = jnp.concatenate([seen.xy, seen.conic, seen.opacity[..., None]], -1)
+    composite = {"xla": xla, "pallas": pallas}[implementation].composite
+    shown = composite(shapes.reshape(cameras * n, 6), values.reshape(cameras * n, -1), pairs,
+                      attached, tiles, config)
+    shown, overflow = _assemble(shown, tiles, cameras)[:, :, :height, :width], pairs.overflow
+  shown = jnp.moveaxis(shown, 1, -1)
+  alpha = shown[..., -1:]
+  color = shown[..., :3] + (1 - alpha) * backgrounds[:, None, None, :]
+  return Rasterized(color, alpha, shown[..., 3:4], shown[..., 4:-1], seen.radius, overflow,
+                    dropped)
+
+
+def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
+  """Projects into all cameras: leaves [c n ...], the values [c n m] they show, how many broke.
+
+  The values are colour, depth, features and 1; the last makes alpha.
+  """
+  means, quats, scales, opacities, colors, features = splats
+  whole = (project.finite(means, project.LIMIT) & project.finite(scales, project.LIMIT)
+           & project.finite(quats) & project.finite(opacities) & project.finite(colors)
+           & project.finite(features))
+  # Zeros take the place of broken splats before anything is computed: a NaN that is masked
+  # only afterwards would come back in the gradient.
+  means, quats, scales, opacities, colors, features = (
+      jnp.where(whole.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0) for x in splats)
+
+  def look(viewmat, K, probe):
+    seen = project.project(means, quats, scales, opacities, viewmat, K, probe, width=width,
+                           height=height, extent=extent, whole=whole)
+    color = colors if sh_degree is None else project.shade(means, colors, viewmat, sh_degree)
+    ones = jnp.ones_like(seen.depth)[:, None]
+    return seen, jnp.concatenate([color, seen.depth[:, None], features, ones], 1)
+
+  seen, values = jax.vmap(look)(viewmats, Ks, probe)
+  return seen, values, jnp.sum(~whole, dtype=jnp.int32)
+
+
+def _assemble(shown, tiles, cameras):
+  """Images [c m h w] from tiles [t m s]."""
+  side = tiles.side
+  split = shown.reshape(cameras, tiles.rows, tiles.columns, -1, side, side)
+  return split.transpose(0, 3, 1, 4, 2, 5).reshape(
+      cameras, -1, tiles.rows * side, tiles.columns * side)
+
+
+def _attached(width, detached):
+  """Which channels give gradient to the shapes: colour, depth, features, alpha."""
+  if detached is True:
+    detached = tuple(range(width))
+  detached = tuple(detached or ())
+  if any(not 0 <= i < width for i in detached):
+    raise ValueError(f"{detached=} names channels beyond the {width} features")
+  return (True,) * 4 + tuple(i not in detached for i in range(width)) + (True,)
+
+
+def _choose(platform, attached):
+  """The implementation that suits a platform, if it works there."""
+  chosen = tuning.DEFAULT.get(platform, "xla")
+  if chosen == "pallas":
+    problem = _trial(platform, attached)
+    if problem:
+      warnings.warn(f"kernels.splat: the Pallas kernels do not compile here, so plain XLA draws "
+                    f"instead ({problem})", RuntimeWarning, stacklevel=3)
+      return "xla"
+  return chosen
+
+
+@functools.cache
+def _trial(platform, attached):
+  """Compiles the Pallas kernels, small; returns what went wrong or None."""
+  config = tuning.pick(platform, "pallas")
+  tiles = binning.Grid(config.tile, 2, 2)
+  m = len(attached)
+
+  def draw(shapes, values, pairs):
+    shown, vjp = jax.vjp(lambda s, v: pallas.composite(s, v, pairs, attached, tiles, config),
+                         shapes, values)
+    return vjp(shown)
+
+  def of(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  seen = project.Projected(of(1, 8, 2), of(1, 8), of(1, 8, 3), of(1, 8),
+                           jax.ShapeDtypeStruct((1, 8, 4), jnp.int32),
+                           jax.ShapeDtypeStruct((1, 8), jnp.int32))
+  pairs = jax.eval_shape(lambda seen: binning.build(seen, tiles, 64), seen)
+  try:
+    jax.jit(draw).lower(of(8, 6), of(8, m), pairs).compile()
+  except Exception as error:  # whatever the compiler's trouble is, plain XLA draws the same
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+  return None
+
+
+@functools.partial(jax.jit, static_argnames=("tile", "width", "height", "sh_degree", "extent"))
+def _demand(splats, viewmats, Ks, probe, *, tile, width, height, sh_degree, extent):
+  seen, _, _ = _see(splats, viewmats, Ks, probe, width=width, height=height, sh_degree=sh_degree,
+                    extent=extent)
+  return jnp.sum(binning.demand(seen.rect, tile), dtype=jnp.uint32)
+
+
+def _capacity(splats, viewmats, Ks, probe, tile, settings):
+  """Pairs to make room for: counted if the values are known, else guessed."""
+  values = jax.tree.map(jax.lax.stop_gradient, (splats, viewmats, Ks, probe))
+  try:
+    needed = int(_demand(*values, tile=tile, **settings))
+  except jax.errors.ConcretizationTypeError:
+    needed = PAIRS_PER_SPLAT[tile] * splats[0].shape[0] * viewmats.shape[0]
+  # A few sizes only, so that growing scenes compile anew but seldom.
+  step = 2 ** max(10, math.ceil(math.log2(max(needed, 1))) - 2)
+  return -(-needed // step) * step or step

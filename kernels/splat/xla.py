@@ -1,0 +1,278 @@
+"""Splat compositing in plain XLA: tiled, vectorised, the default on a CPU.
+
+The pairs of each tile are cut into blocks of consecutive splats. A group of blocks, whichever
+tiles they belong to, is handled at once: what light reaches each block is a scan of products
+over the blocks before it in its tile. So a tile with thousands of splats costs no more than as
+many tiles with few, and working memory is bounded by the group, not by the scene.
+
+Both passes go front to back: what lies behind a splat is all that the pixel shows less what
+the splats up to it have shown.
+
+Axes: r splats of all cameras, t tiles of all cameras, p pairs, b blocks, g blocks of one group,
+k splats of one block, m channels, s pixels of a tile.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels.splat.bins import Bins, Grid, scan_runs, sum_by_splat
+from kernels.splat.project import ALPHA_MIN
+from kernels.splat.reference import ALPHA_MAX, OPAQUE
+from kernels.splat.tuning import Config
+
+
+class Blocks(NamedTuple):
+  """Consecutive pairs of one tile; a row for every block that may be needed."""
+
+  tile: Int[Array, " b"]  # t in unused rows
+  begin: Int[Array, " b"]  # pairs begin:end
+  end: Int[Array, " b"]
+  first: Int[Array, " b"]  # the first block of this block's tile
+  starts: Int[Array, " t+1"]  # tile i owns the blocks starts[i]:starts[i + 1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def composite(
+    shapes: Float[Array, "r 6"],
+    values: Float[Array, "r m"],
+    bins: Bins,
+    attached: tuple[bool, ...],
+    tiles: Grid,
+    config: Config,
+) -> Float[Array, "t m s"]:
+  """`reference.composite` tile by tile.
+
+  Args:
+    shapes: mean x, y, conic xx, xy, yy, opacity of each splat.
+    values: what the splats show.
+    bins: the pairs.
+    attached: channels that give gradient to the shapes.
+    tiles: of one camera.
+    config: settings.
+  """
+  return _forward(shapes, values, bins, attached, tiles, config)[0]
+
+
+def _forward(shapes, values, bins, attached, tiles, config):
+  del attached
+  blocks, groups = _cut(bins, config)
+  padded = _pad(shapes), _pad(values)
+  m, s = values.shape[1], tiles.side**2
+  corner = _corners(tiles, len(bins.starts))
+
+  def step(state):
+    i, light, shown, carry = state
+    here = _take(blocks, i, config.group)
+    shape, value = _gather(padded, bins, here, config.block)
+    x0, y0 = (z[here.tile] for z in corner)
+    clear = _clear(shape, x0, y0, tiles.side)  # g s: light that the block lets through
+    enter, carry = _enter(clear, here, i * config.group, carry)
+
+    def blend(state, row):
+      raw, total = state
+      shape, value = row
+      alpha, _ = _alpha(shape, x0, y0, tiles.side)
+      left = raw * (1 - alpha)
+      share = jnp.where(left >= OPAQUE, alpha * raw, 0)
+      return (left, total + value[:, :, None] * share[:, None, :]), None
+
+    (_, total), _ = lax.scan(blend, (enter, jnp.zeros((config.group, m, s), values.dtype)),
+                             (shape, value))
+    light = lax.dynamic_update_slice(light, enter, (i * config.group, 0))
+    shown = lax.dynamic_update_slice(shown, total, (i * config.group, 0, 0))
+    return i + 1, light, shown, carry
+
+  size = len(blocks.tile)
+  state = (jnp.int32(0), jnp.zeros((size, s), values.dtype), jnp.zeros((size, m, s), values.dtype),
+           jnp.ones(s, values.dtype))
+  _, light, shown, _ = lax.while_loop(lambda state: state[0] < groups, step, state)
+  total = _sum_by_tile(shown, blocks)
+  return total, (shapes, values, bins, light, shown, total)
+
+
+def _backward(attached, tiles, config, residuals, d_total):
+  shapes, values, bins, light, shown, total = residuals
+  blocks, groups = _cut(bins, config)
+  padded = _pad(shapes), _pad(values)
+  m, s = values.shape[1], tiles.side**2
+  side = tiles.side
+  corner = _corners(tiles, len(bins.starts))
+  mask = jnp.array(attached, values.dtype)
+  d_total = jnp.concatenate([d_total, jnp.zeros((1, m, s), d_total.dtype)])
+  d_shown = d_total[blocks.tile]
+  # What each pixel shows, weighed by the cotangent, from this block on.
+  weighed = jnp.einsum("bms,bms,m->bs", d_shown, shown, mask)
+  before = scan_runs(jnp.add, weighed, blocks.first, jnp.max(jnp.diff(blocks.starts)))
+  whole = jnp.einsum("tms,tms,m->ts", d_total[:-1], total, mask)
+  whole = jnp.concatenate([whole, jnp.zeros((1, s), whole.dtype)])[blocks.tile]
+  behind = whole - before + weighed
+  basis = _moments(side, values.dtype)
+
+  def step(state):
+    i, d_rows = state
+    here = _take(blocks, i, config.group)
+    shape, value = _gather(padded, bins, here, config.block)
+    x0, y0 = (z[here.tile] for z in corner)
+    enter, behind_here, d_here = (
+        lax.dynamic_slice_in_dim(z, i * config.group, config.group) for z in
+        (light, behind, d_shown))
+
+    def unblend(state, row):
+      raw, behind = state
+      shape, value = row
+      alpha, follows = _alpha(shape, x0, y0, side)
+      left = raw * (1 - alpha)
+      open_ = left >= OPAQUE
+      share = jnp.where(open_, alpha * raw, 0)
+      weight = jnp.sum((value * mask[None])[:, :, None] * d_here, 1)
+      behind = behind - weight * share
+      d_power = jnp.where(open_ & follows, weight * share - behind * alpha / (1 - alpha), 0)
+      return (left, behind), (share, d_power)
+
+    _, (share, d_power) = lax.scan(unblend, (enter, behind_here), (shape, value))
+    d_value = jnp.einsum("kgs,gms->kgm", share, d_here, precision="highest")
+    sums = jnp.einsum("kgs,sq->kgq", d_power, basis, precision="highest")
+    rows = jnp.concatenate([_d_shape(shape, sums, x0, y0, side), d_value], -1)
+    return i + 1, lax.dynamic_update_slice(
+        d_rows, rows.swapaxes(0, 1), (i * config.group, 0, 0))
+
+  d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype)
+  _, d_rows = lax.while_loop(lambda state: state[0] < groups, step, (jnp.int32(0), d_rows))
+  # From slots of blocks to pairs.
+  slot = jnp.arange(len(bins.splats), dtype=jnp.int32)
+  tile = jnp.repeat(jnp.arange(len(bins.starts) - 1, dtype=jnp.int32), jnp.diff(bins.starts),
+                    total_repeat_length=len(slot))
+  flat = blocks.starts[tile] * config.block + slot - bins.starts[tile]
+  d_pairs = d_rows.reshape(-1, 6 + m)[flat]
+  d_pairs = jnp.where((slot < bins.starts[-1])[:, None], d_pairs, 0)
+  sums = sum_by_splat(d_pairs, bins)
+  return sums[:, :6], sums[:, 6:], None
+
+
+composite.defvjp(_forward, _backward)
+
+
+def _cut(bins: Bins, config: Config):
+  """Blocks of the pairs, and how many groups of them are in use."""
+  t = len(bins.starts) - 1
+  per_tile = -(-jnp.diff(bins.starts) // config.block)
+  starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(per_tile, dtype=jnp.int32)])
+  most = -(-len(bins.splats) // config.block) + t
+  size = -(-most // config.group) * config.group
+  index = jnp.arange(size, dtype=jnp.int32)
+  tile = jnp.repeat(jnp.arange(t, dtype=jnp.int32), per_tile, total_repeat_length=size)
+  begin = bins.starts[tile] + (index - starts[tile]) * config.block
+  used = index < starts[-1]
+  blocks = Blocks(jnp.where(used, tile, t), begin,
+                  jnp.where(used, bins.starts[tile + 1], begin),
+                  jnp.where(used, starts[tile], index), starts)
+  return blocks, -(-starts[-1] // config.group)
+
+
+def _take(blocks: Blocks, i, group) -> Blocks:
+  """The i-th group of blocks."""
+  rows = (lax.dynamic_slice_in_dim(z, i * group, group) for z in blocks[:4])
+  return Blocks(*rows, blocks.starts)
+
+
+def _gather(padded, bins, here, block):
+  """Shapes [k g 6] and values [k g m] of the blocks' splats; zeros where a block is short."""
+  shapes, values = padded
+  pair = here.begin[None, :] + jnp.arange(block, dtype=jnp.int32)[:, None]
+  ids = bins.splats.at[pair].get(mode="clip")
+  ids = jnp.where(pair < here.end[None, :], ids, len(shapes) - 1)
+  return shapes[ids], values[ids]
+
+
+def _alpha(shape, x0, y0, side):
+  """Alpha [g s] of one splat [g 6] a block, and where it follows the splat's shape."""
+  u, v, a, b, c, opacity = (shape[:, i, None] for i in range(6))
+  column, row = _offsets(side, shape.dtype)
+  dx, dy = column[None, :] + x0[:, None] - u, row[None, :] + y0[:, None] - v
+  power = -0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy
+  raw = opacity * jnp.exp(power)
+  raw = jnp.where((raw >= ALPHA_MIN) & (power <= 0), raw, 0)
+  return jnp.minimum(raw, ALPHA_MAX), raw < ALPHA_MAX
+
+
+def _clear(shape, x0, y0, side):
+  """Light [g s] that passes through all splats of each block."""
+  def pass_through(light, shape):
+    return light * (1 - _alpha(shape, x0, y0, side)[0]), None
+
+  start = jnp.ones((shape.shape[1], side * side), shape.dtype)
+  return lax.scan(pass_through, start, shape)[0]
+
+
+def _enter(clear, here, offset, carry):
+  """Light [g s] that reaches each block, and what leaves the last one."""
+  first = here.first - offset
+  index = jnp.arange(len(clear), dtype=jnp.int32)
+  # A tile that began in an earlier group goes on with what came through there.
+  clear = clear.at[0].multiply(jnp.where(first[0] < 0, carry, 1))
+  first = jnp.maximum(first, 0)
+  through = scan_runs(jnp.multiply, clear, first, jnp.max(index - first) + 1)
+  enter = jnp.where((index > first)[:, None], jnp.roll(through, 1, 0), 1)
+  enter = enter.at[0].set(jnp.where(here.first[0] < offset, carry, 1))
+  return enter, through[-1]
+
+
+def _sum_by_tile(shown, blocks):
+  """Adds up what the blocks [b m s] of each tile show."""
+  def scatter(shown):
+    return jax.ops.segment_sum(shown, blocks.tile, len(blocks.starts) - 1,
+                               indices_are_sorted=True)
+
+  def gather(shown):
+    counts = jnp.diff(blocks.starts)
+    runs = scan_runs(jnp.add, shown, blocks.first, jnp.max(counts))
+    last = runs.at[blocks.starts[1:] - 1].get(mode="clip")
+    return jnp.where((counts > 0)[:, None, None], last, 0)
+
+  return lax.platform_dependent(shown, cpu=scatter, default=gather)
+
+
+def _d_shape(shape, sums, x0, y0, side):
+  """Cotangents [k g 6] of the shapes from moments of the power's cotangent.
+
+  The moments [k g 6] (1, x, y, xx, xy, yy) are about the tile's centre.
+  """
+  u, v, a, b, c, opacity = (shape[..., i] for i in range(6))
+  one, x, y, xx, xy, yy = (sums[..., i] for i in range(6))
+  px, py = x0[None, :] + side / 2 - u, y0[None, :] + side / 2 - v
+  dx, dy = px * one + x, py * one + y
+  dxx = px * px * one + 2 * px * x + xx
+  dxy = px * py * one + px * y + py * x + xy
+  dyy = py * py * one + 2 * py * y + yy
+  d_opacity = one / jnp.where(opacity > 0, opacity, 1)
+  return jnp.stack([a * dx + b * dy, b * dx + c * dy, -0.5 * dxx, -dxy, -0.5 * dyy, d_opacity],
+                   -1)
+
+
+def _moments(side, dtype):
+  """1, x, y, xx, xy, yy [s 6] of a tile's pixel centres about its centre."""
+  x, y = (z - side / 2 for z in _offsets(side, dtype))
+  return jnp.stack([jnp.ones_like(x), x, y, x * x, x * y, y * y], 1)
+
+
+def _offsets(side, dtype):
+  """Column and row [s] of a tile's pixel centres."""
+  index = jnp.arange(side * side)
+  return (index % side).astype(dtype) + 0.5, (index // side).astype(dtype) + 0.5
+
+
+def _corners(tiles: Grid, rows: int):
+  """x and y [rows] of the upper left corner of every tile."""
+  index = jnp.arange(rows, dtype=jnp.int32) % (tiles.columns * tiles.rows)
+  x, y = index % tiles.columns, index // tiles.columns
+  return (x * tiles.side).astype(jnp.float32), (y * tiles.side).astype(jnp.float32)
+
+
+def _pad(rows):
+  """A last row of zeros: the splat that shows nothing."""
+  return jnp.concatenate([rows, jnp.zeros((1, rows.shape[1]), rows.dtype)])
