@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import json
 import logging
-import os
 import pathlib
 import shutil
 import types as pytypes
@@ -23,8 +22,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from uajax import saving
 from uajax.avatar import Avatar, Layer
-from uajax.config import Experiment
+from uajax.config import Experiment, Model
 from uajax.errors import UserError
 from uajax.types import Splats
 
@@ -166,10 +166,30 @@ def create(path, subject, experiment: Experiment) -> Run:
     "version": VERSION, "made_by": f"uajax {_own_version()}, jax {jax.__version__}",
     "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "subject": str(pathlib.Path(subject).resolve()), "experiment": encode(experiment)}
-  partial = path / "run.json.partial"
-  partial.write_text(json.dumps(record, indent=2) + "\n")
-  os.replace(partial, path / "run.json")
+  with saving.aside(path / "run.json") as partial:
+    partial.write_text(json.dumps(record, indent=2) + "\n")
   return Run(path, record)
+
+
+def adopt(path, avatar: Avatar, origin, subject=None) -> Run:
+  """Makes a complete run of an avatar that was trained elsewhere.
+
+  Args:
+    origin: the file it came from, named in run.json.
+    subject: its subject folder, where there is one.
+
+  Raises:
+    UserError: `path` holds something already.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f"{path} already holds something: choose another folder for the run")
+  audio = {29: "deepspeech", 1024: "hubert"}.get(avatar.config.audio_channels, "mel")
+  experiment = Experiment(model=Model(motion=avatar.config, audio=audio))
+  run = create(path, subject or path / "no_subject", experiment)
+  _log.info("adopted %s", origin)
+  run.save(avatar, {}, Progress(len(experiment.stages()), 0, 0))
+  return run
 
 
 def open_run(path) -> Run:
@@ -276,7 +296,5 @@ def copy_extractors(subject: pathlib.Path, run: Run) -> None:
   """Copies the subject's speech networks into the run, so that it can be driven on its own."""
   source = pathlib.Path(subject) / "extractors"
   if source.is_dir() and not run.extractors.exists():
-    partial = run.path / "extractors.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    os.replace(partial, run.extractors)
+    with saving.aside(run.extractors, folder=True) as partial:
+      shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.spatial import cKDTree
 
-from kernels.splat.project import sh_color
+from kernels.splat.project import rotation, shade
 from uajax.config import Densify, Stage
 from uajax.types import Alive, Camera, Splats
 
@@ -89,7 +89,8 @@ def densify(settings: Densify, splats: Splats, alive: Alive, stats: Stats, *, sc
   granted = wanted & (rank < (~alive).sum())
   target = jnp.where(granted, free[jnp.clip(rank, 0, slots - 1)], slots)
 
-  offset = lambda k: _rotate(splats.quats, scales * jax.random.normal(k, (slots, 3)))
+  turn = rotation(splats.quats)
+  offset = lambda k: jnp.einsum("nij,nj->ni", turn, scales * jax.random.normal(k, (slots, 3)))
   halves = splitting & granted
   shrunk = _inverse_softplus(scales / SPLIT_SHRINK)
   child = splats._replace(
@@ -114,7 +115,8 @@ def densify(settings: Densify, splats: Splats, alive: Alive, stats: Stats, *, sc
 
 def is_backdrop(splats: Splats, camera: Camera, sh_mask) -> Alive:
   """Splats that have taken the colour of the green backdrop, seen from `camera`."""
-  red, green, blue = jnp.moveaxis(_shade(splats, camera, sh_mask), -1, 0)
+  colors = jnp.concatenate([splats.sh_dc, splats.sh_rest], 1) * sh_mask[None, :, None]
+  red, green, blue = shade(splats.means, colors, camera.viewmat, 2).T
   return (red < 30 / 255) & (green > 225 / 255) & (blue < 30 / 255)
 
 
@@ -150,20 +152,6 @@ def double(tree, slots: int):
     return leaf
 
   return jax.tree.map(pad, tree)
-
-
-def _shade(splats, camera, sh_mask):
-  coefficients = jnp.concatenate([splats.sh_dc, splats.sh_rest], 1) * sh_mask[None, :, None]
-  eye = -camera.viewmat[:3, :3].T @ camera.viewmat[:3, 3]
-  return sh_color(coefficients, splats.means - eye[None, :], 2)
-
-
-def _rotate(quats, vectors):
-  """Vectors [n 3] turned by unnormalised quaternions wxyz [n 4]."""
-  q = quats / jnp.maximum(jnp.linalg.norm(quats, axis=1, keepdims=True), FAINTEST)
-  w, u = q[:, :1], q[:, 1:]
-  t = 2 * jnp.cross(u, vectors)
-  return vectors + w * t + jnp.cross(u, t)
 
 
 def _inverse_softplus(x):

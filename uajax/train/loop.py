@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import time
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from uajax import runs
+from uajax import runs, saving
 from uajax.avatar import Avatar, Layer, init_motion, render
 from uajax.config import Experiment, Stage
 from uajax.data import loader
@@ -215,9 +214,8 @@ class Journal:
     kept = []
     if lines.exists():
       kept = [line for line in lines.read_text().splitlines() if _total(line) <= total]
-    partial = lines.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    os.replace(partial, lines)
+    with saving.aside(lines) as partial:
+      partial.write_text("".join(line + "\n" for line in kept))
     self._lines = lines.open("a")
     self._events = _event_writer(path / "tensorboard", total)
 
@@ -240,9 +238,8 @@ class Journal:
     folder = self._path / "pictures"
     folder.mkdir(exist_ok=True)
     path = folder / f"{total:07d}_{stage}.png"
-    partial = path.with_suffix(".partial")
-    PIL.Image.fromarray(image).save(partial, format="PNG")
-    os.replace(partial, path)
+    with saving.aside(path) as partial:
+      PIL.Image.fromarray(image).save(partial, format="PNG")
     if self._events:
       self._events.image(total, f"{stage}/render_truth", path.read_bytes(), image.shape)
 

@@ -102,7 +102,7 @@ def _motion_rate(path, rates: Rates) -> tuple[float, float]:
   names = [str(getattr(p, "key", p)) for p in path]
   if "audio_attention" in names:
     return rates.attention, rates.attention_decay
-  if "planes" in names:
+  if "planes" in names and "emotion" not in names:  # the code-books' own planes go slowly (Q15)
     return rates.planes, rates.planes_decay
   return rates.network, 0.0
 
