@@ -1,0 +1,122 @@
+"""What a picture is judged by while training: pure functions of JAX arrays, no state.
+
+Pictures are float [h w c] in 0..1; a batch goes through `jax.vmap`. The target of a comparison
+is the second argument.
+
+Axes: h w pixels, c channels, n splats, p side of a square patch, k patches.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+_RADIUS = 5  # of the SSIM window: 11 x 11
+_GAUSS = np.exp(-(np.arange(-_RADIUS, _RADIUS + 1) ** 2) / (2 * 1.5**2))
+_TAPS = tuple(float(tap) for tap in _GAUSS / _GAUSS.sum())
+_C1, _C2 = 0.01**2, 0.03**2
+
+
+def l1(a: Float[Array, "*d"], b: Float[Array, "*d"]) -> Float[Array, ""]:
+  """Mean absolute difference."""
+  return jnp.mean(jnp.abs(a - b))
+
+
+def ssim(a: Float[Array, "h w c"], b: Float[Array, "h w c"]) -> Float[Array, ""]:
+  """Structural similarity, 1 where equal: the mean over pixels and channels.
+
+  Gaussian window 11x11 of sigma 1.5 with zeros beyond the edges, C1 = 1e-4, C2 = 9e-4
+  (Wang et al. 2004, as in Gaussian splatting; method.md D.3).
+  """
+  return jnp.mean(ssim_map(a, b))
+
+
+def ssim_map(a: Float[Array, "h w c"], b: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+  """The similarity at every pixel."""
+  # Four blurs and not five: only the sum of the variances is wanted. That of the target alone
+  # stands apart, so that a gradient for the picture never goes through it.
+  mean_a, squares, product = _blur(jnp.stack([a, a * a + b * b, a * b]))
+  mean_b = _blur(b[None])[0]
+  variances = squares - mean_a**2 - mean_b**2
+  covariance = product - mean_a * mean_b
+  return ((2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)) / (
+    (mean_a**2 + mean_b**2 + _C1) * (variances + _C2)
+  )
+
+
+@jax.custom_vjp
+def _blur(images: Float[Array, "k h w c"]) -> Float[Array, "k h w c"]:
+  """The Gaussian window over rows, then columns: sums of shifted pictures.
+
+  Measured on two CPU cores at 128x128: 1.6 ms for a loss with its gradient, where matrix
+  products with bands took 2.7 ms and XLA's convolution 46 ms.
+  """
+  for axis in (1, 2):
+    size = images.shape[axis]
+    pad = [(0, 0)] * 4
+    pad[axis] = (_RADIUS, _RADIUS)
+    padded = jnp.pad(images, pad)
+    images = sum(
+      tap * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, tap in enumerate(_TAPS)
+    )
+  return images
+
+
+# A symmetric window with zeros beyond the edges is its own transpose. XLA would build the
+# transpose of each slice as a padded picture, several times slower.
+_blur.defvjp(lambda images: (_blur(images), None), lambda _, d_out: (_blur(d_out),))
+
+
+def alpha_penalty(
+  alpha: Float[Array, "h w"],
+  inside: Bool[Array, "h w"],
+  *,
+  outside: Bool[Array, "h w"] | None = None,
+) -> Float[Array, ""]:
+  """What a layer lacks inside its mask and has outside of it (method.md D.3, D.4).
+
+  Means over the whole picture, as the official code takes them. `outside` is ~inside unless a
+  band between them is to stay free.
+  """
+  outside = ~inside if outside is None else outside
+  return jnp.mean(jnp.where(inside, 1 - alpha, 0.0)) + jnp.mean(jnp.where(outside, alpha, 0.0))
+
+
+def mean_inside(image: Float[Array, "h w"], mask: Bool[Array, "h w"]) -> Float[Array, ""]:
+  """The mean over the pixels of a mask; 0 where it has none."""
+  return jnp.sum(jnp.where(mask, image, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def mean_magnitude(motion: Float[Array, "n d"], alive: Bool[Array, " n"]) -> Float[Array, ""]:
+  """Mean absolute value over the living splats; 0 where none lives."""
+  total = jnp.sum(jnp.where(alive[:, None], jnp.abs(motion), 0.0))
+  return total / jnp.maximum(jnp.sum(alive) * motion.shape[1], 1)
+
+
+def patches(image: Float[Array, "h w c"], size: int) -> Float[Array, "k p p c"]:
+  """Squares of `size` pixels side by side from the upper left; what remains is left out.
+
+  A picture smaller than `size` gives the largest square that fits.
+  """
+  height, width, channels = image.shape
+  size = min(size, height, width)
+  rows, columns = height // size, width // size
+  grid = image[: rows * size, : columns * size].reshape(rows, size, columns, size, channels)
+  return grid.swapaxes(1, 2).reshape(rows * columns, size, size, channels)
+
+
+def dilate(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+  """True within one pixel (3x3) of the mask."""
+  padded = jnp.pad(mask, 1)
+  rows = padded[:-2] | padded[1:-1] | padded[2:]
+  return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def erode(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+  """True where all pixels within one (3x3) are; beyond the edges the mask goes on."""
+  return ~dilate(~mask)
+
+
+def close(mask: Bool[Array, "h w"]) -> Bool[Array, "h w"]:
+  """Fills holes and gaps up to two pixels wide."""
+  return erode(dilate(mask))
