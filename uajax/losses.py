@@ -33,27 +33,30 @@ def ssim(a: Float[Array, "h w c"], b: Float[Array, "h w c"]) -> Float[Array, ""]
 
 def ssim_map(a: Float[Array, "h w c"], b: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
   """The similarity at every pixel."""
-  # Four blurs and not five: only the sum of the variances is wanted. That of the target alone
-  # stands apart, so that a gradient for the picture never goes through it.
-  mean_a, squares, product = _blur(jnp.stack([a, a * a + b * b, a * b]))
-  mean_b = _blur(b[None])[0]
+  # Channels first: rows of one kind lie together, which vectorises (6 times the speed on CPU).
+  a, b = jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, -1, 0)
+  # Three kinds of blur for the pair and not four: only the sum of the variances is wanted. The
+  # target's mean stands apart, so that the gradient for a picture does not pass through it.
+  mean_a, squares, product = jnp.split(_blur(jnp.concatenate([a, a * a + b * b, a * b])), 3)
+  mean_b = _blur(b)
   variances = squares - mean_a**2 - mean_b**2
   covariance = product - mean_a * mean_b
-  return ((2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)) / (
+  similarity = ((2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)) / (
     (mean_a**2 + mean_b**2 + _C1) * (variances + _C2)
   )
+  return jnp.moveaxis(similarity, 0, -1)
 
 
 @jax.custom_vjp
-def _blur(images: Float[Array, "k h w c"]) -> Float[Array, "k h w c"]:
+def _blur(images: Float[Array, "k h w"]) -> Float[Array, "k h w"]:
   """The Gaussian window over rows, then columns: sums of shifted pictures.
 
-  Measured on two CPU cores at 128x128: 1.6 ms for a loss with its gradient, where matrix
+  Measured on two CPU cores at 128x128: 1.3 ms for a loss with its gradient, where matrix
   products with bands took 2.7 ms and XLA's convolution 46 ms.
   """
   for axis in (1, 2):
     size = images.shape[axis]
-    pad = [(0, 0)] * 4
+    pad = [(0, 0)] * 3
     pad[axis] = (_RADIUS, _RADIUS)
     padded = jnp.pad(images, pad)
     images = sum(
