@@ -129,11 +129,11 @@ class Landmarker:
     try:
       with zipfile.ZipFile(model) as bundle:
         parts = {name: bundle.read(name) for name in bundle.namelist()}
-      self._detector = _Network(parts["face_detector.tflite"], threads)
-      self._landmarks = _Network(parts["face_landmarks_detector.tflite"], threads)
-      self._blendshapes = _Network(parts["face_blendshapes.tflite"], threads)
+      self._detector = Network(parts["face_detector.tflite"], threads)
+      self._landmarks = Network(parts["face_landmarks_detector.tflite"], threads)
+      self._blendshapes = Network(parts["face_blendshapes.tflite"], threads)
       self.mesh = read_mesh(parts["geometry_pipeline_metadata_landmarks.binarypb"])
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError, RuntimeError) as error:
       raise UserError(
         f"{model} is not MediaPipe's face_landmarker.task bundle ({error}): delete it, so that it"
         " is fetched again"
@@ -146,7 +146,7 @@ class Landmarker:
     side = max(h, w)
     square = crop(image, Roi(w / 2, h / 2, side, 0.0), DETECTOR_SIDE)
     boxes, logits = self._detector(square.astype(np.float32) / 127.5 - 1)
-    scores = 1 / (1 + np.exp(-np.clip(logits.reshape(-1), -100, 100)))
+    scores = 1 / (1 + np.exp(-np.clip(logits.reshape(-1), -50, 50)))
     keep = scores > MIN_SCORE
     raw = boxes.reshape(-1, 8, 2)[keep] / DETECTOR_SIDE
     scores, anchors = scores[keep], self._anchors[keep]
@@ -386,8 +386,18 @@ def _distance(found: Detection, roi: Roi) -> float:
   return float(np.hypot(x - roi.x, y - roi.y))
 
 
-class _Network:
-  """A .tflite with one input, float32."""
+def load_network(model: Path, threads: int = 2) -> "Network":
+  """Reads a .tflite. Raises UserError where it is none."""
+  try:
+    return Network(model.read_bytes(), threads)
+  except (OSError, ValueError, RuntimeError) as error:
+    raise UserError(
+      f"{model} is not a TensorFlow Lite model ({error}): delete it, so that it is fetched again"
+    ) from error
+
+
+class Network:
+  """A .tflite with one input: array without the batch axis in, arrays out."""
 
   def __init__(self, model: bytes, threads: int):
     from ai_edge_litert.interpreter import Interpreter

@@ -141,6 +141,20 @@ def project(
   return flat + np.array([width, height]) / 2
 
 
+def unproject(
+  pixels: Float[np.ndarray, "f p 2"], track: Track, width: int, height: int
+) -> Float[np.ndarray, "f p 3"]:
+  """Landmarks in the head's axes, metres: each where its ray passes the still face's depth.
+
+  What is left in them is what the face does, whatever the head does.
+  """
+  rotations, translations = track.viewmats[:, :3, :3], track.viewmats[:, :3, 3]
+  depth = np.einsum("fb,pb->fp", rotations[:, 2], track.shape) + translations[:, None, 2]
+  flat = (pixels - np.array([width, height]) / 2) / track.focal_px
+  at = np.concatenate([flat, np.ones_like(flat[..., :1])], -1) * depth[..., None]
+  return np.einsum("fba,fpb->fpa", rotations, at - translations[:, None, :])
+
+
 def jitter(pixels: Float[np.ndarray, "f p 2"], cutoff_hz: float = CUTOFF_HZ) -> float:
   """RMS length in pixels of what moves faster than `cutoff_hz`."""
   if len(pixels) < 8:
@@ -310,7 +324,6 @@ def _smooth(problem: _Problem, raw: _Raw) -> _Poses:
   values = np.concatenate([turns, raw.translations], 1)
   metric = np.median(raw.information[known], axis=0)
   metric = (metric + metric.T) / 2 + 1e-6 * np.trace(metric) * np.eye(6)
-  # A frame that fits badly has less information; never more than a few times the median.
   strength = 1 / (2 * np.sin(np.pi * CUTOFF_HZ / FPS)) ** 4
   bands = np.zeros((18, frames * 6))  # lower form: bands[i - j, j] = A[i, j]
 
@@ -395,7 +408,7 @@ def _shape(problem: _Problem, now: _Solution):
 def _reweigh(problem: _Problem, now: _Solution) -> Float[np.ndarray, " p"]:
   """Stillness of each landmark, lower where it moves against the fit."""
   residual = _residuals(problem, now)[problem.present]
-  # What the first half of a second has in common is a bias of the network, not motion.
+  # A landmark's constant error is a bias of the network, not motion.
   spread = np.sqrt(np.median((residual - np.median(residual, 0)) ** 2, axis=0).sum(-1)) * 1.5
   return problem.still / (1 + (spread / problem.noise) ** 2)
 

@@ -1,0 +1,371 @@
+"""Cuts a frame into layers: face, hair, inner mouth, neck, torso and background.
+
+What each pixel is comes from the 19-class face parser where it is at hand, else from the person
+and hair mattes and the landmarks; the inner mouth and the teeth always from the landmarks, which
+follow the lips better than any mask. Class probabilities are averaged over neighbouring frames,
+so that edges do not flicker. From the layers come the clean background plate, the picture with
+that plate behind the person, and the torso with its neck painted on beneath the chin, as
+method.md E.5 and E.6 have them.
+
+Axes: h w pixels, c classes (types.BACKGROUND .. types.TORSO).
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage as ndi
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image, ImageDraw, ImageFilter
+
+from uajax.preprocess import landmarks as marks
+from uajax.preprocess.landmarks import Roi
+from uajax.types import BACKGROUND, FACE, HAIR, MOUTH, NECK, TORSO
+
+CLASSES = 6
+PERSON_SIDE, HAIR_SIDE, PARSER_SIDE = 256, 512, 448
+# The parser's 19 classes (CelebAMask-HQ) as ours. Ears, brows, eyes, glasses and lips are face,
+# a hat is hair (both move with the head), the inner mouth is taken from the landmarks.
+PARSER_CLASSES = np.array(
+  [BACKGROUND] + [FACE] * 13 + [NECK, NECK, TORSO, HAIR, HAIR], np.uint8
+)  # fmt: skip
+PARSER_SPAN = 1.6  # side of what the parser sees, in landmark squares
+SHARE = np.array([0.2, 0.6, 0.2], np.float32)  # of the frame before, this one and the next
+MARGIN = 0.016  # of the picture's height: nearer to the person a pixel is not yet background
+PLATE_SAMPLES = 64
+
+
+class Segmenter:
+  """The networks that tell what a pixel is."""
+
+  def __init__(self, person: Path, hair: Path, parser: Path | None, threads: int = 2):
+    self._person = marks.load_network(person, threads)
+    self._hair = None if parser else marks.load_network(hair, threads)
+    self._parser = marks.load_network(parser, threads) if parser else None
+
+  def __call__(
+    self, image: UInt8[np.ndarray, "h w 3"], points: Float[np.ndarray, "p 3"], roi: Roi
+  ) -> Float32[np.ndarray, "h w c"]:
+    """Class probabilities; nothing is given to MOUTH. `roi` is the square around the face."""
+    h, w = image.shape[:2]
+    small = _resize(image, PERSON_SIDE, PERSON_SIDE).astype(np.float32) / 255
+    person = _stretch(self._person(small)[0].reshape(PERSON_SIDE, PERSON_SIDE), h, w)
+    if self._parser:
+      return self._parse(image, person, roi)
+    return self._guess(image, person, points)
+
+  def _parse(self, image, person, roi) -> np.ndarray:
+    h, w = image.shape[:2]
+    side = roi.side * PARSER_SPAN
+    if side > 0.85 * max(h, w):  # nearly all of the picture: then all of it
+      square = Roi(w / 2, h / 2, float(max(h, w)), 0.0)
+    else:
+      square = Roi(roi.x, roi.y, side, 0.0)
+    patch = marks.crop(image, square, PARSER_SIDE).astype(np.float32)
+    labels = PARSER_CLASSES[np.clip(self._parser(patch / 127.5 - 1)[0], 0, 18)].reshape(
+      PARSER_SIDE, PARSER_SIDE
+    )
+    # Beyond the parser's view the person is torso.
+    out = np.zeros((h, w, CLASSES), np.float32)
+    out[..., TORSO], out[..., BACKGROUND] = person, 1 - person
+    step = PARSER_SIDE / square.side
+    c0, r0 = square.x - square.side / 2, square.y - square.side / 2
+    rows = slice(max(int(np.ceil(r0)), 0), min(int(r0 + square.side), h))
+    columns = slice(max(int(np.ceil(c0)), 0), min(int(c0 + square.side), w))
+    size = (columns.stop - columns.start, rows.stop - rows.start)
+    box = (
+      (columns.start - c0) * step, (rows.start - r0) * step,
+      (columns.stop - c0) * step, (rows.stop - r0) * step,
+    )  # fmt: skip
+    for label in (BACKGROUND, FACE, HAIR, NECK, TORSO):
+      layer = Image.fromarray((labels == label).astype(np.uint8) * 255)
+      layer = layer.filter(ImageFilter.GaussianBlur(1.2))
+      layer = layer.resize(size, Image.Resampling.BILINEAR, box=box)
+      out[rows, columns, label] = np.asarray(layer, np.float32) / 255
+    return out
+
+  def _guess(self, image, person, points) -> np.ndarray:
+    """Without the parser: the person is head above the jaw, neck and torso below it."""
+    h, w = image.shape[:2]
+    assert self._hair is not None
+    small = _resize(image, HAIR_SIDE, HAIR_SIDE).astype(np.float32) / 255
+    # The fourth channel is the matte of the frame before; none is given.
+    scores = self._hair(np.concatenate([small, np.zeros_like(small[..., :1])], -1))[0]
+    scores = scores.reshape(HAIR_SIDE, HAIR_SIDE, 2)
+    hair = _stretch(1 / (1 + np.exp(np.clip(scores[..., 0] - scores[..., 1], -30, 30))), h, w)
+    hair = hair * person
+    outline = points[marks.FACE_OVAL, :2]
+    oval = fill_polygon(outline, h, w)
+    right, left, chin = points[234, :2], points[454, :2], points[152, :2]
+    across = (left - right) / max(np.linalg.norm(left - right), 1e-6)
+    down = np.array([-across[1], across[0]])
+    width = float(np.linalg.norm(left - right))
+    # Head: above the jaw line drawn on sideways from the ears' height, and ears within reach.
+    jaw = points[marks.IBUG[2:15], :2]
+    wide = np.concatenate([
+      [jaw[0] - across * width * 0.6 - down * width * 3],
+      [jaw[0] - across * width * 0.6 + down * width * 0.12],
+      jaw,
+      [jaw[-1] + across * width * 0.6 + down * width * 0.12],
+      [jaw[-1] + across * width * 0.6 - down * width * 3],
+    ])  # fmt: skip
+    above = np.maximum(fill_polygon(wide, h, w), oval)
+    skin = np.median(image[oval > 0.9].astype(np.float32), axis=0) if (oval > 0.9).any() else None
+    likeness = np.zeros((h, w), np.float32)
+    if skin is not None:
+      tint = skin / max(float(skin.sum()), 1.0)
+      own = image.astype(np.float32)
+      total = own.sum(-1)
+      apart = np.abs(own / np.maximum(total, 1)[..., None] - tint[None, None]).sum(-1)
+      bright = total / max(float(skin.sum()), 1.0)
+      likeness = np.exp(-((apart / 0.12) ** 2)) * np.clip((bright - 0.25) / 0.2, 0, 1)
+    throat = np.stack([
+      points[136, :2], points[365, :2],
+      points[365, :2] + down * width * 0.5, points[136, :2] + down * width * 0.5,
+    ])  # fmt: skip
+    throat[2:] += down[None] * max(float((chin - throat[0]) @ down), 0.0)
+    neck = fill_polygon(throat, h, w) * _blur(likeness, 2.0) * (1 - above)
+    out = np.zeros((h, w, CLASSES), np.float32)
+    out[..., BACKGROUND] = (1 - person) * (1 - oval)
+    out[..., HAIR] = hair * (1 - oval * (1 - hair))
+    out[..., FACE] = np.maximum(person, oval) * above * (1 - hair)
+    out[..., NECK] = person * neck * (1 - hair)
+    out[..., TORSO] = person * (1 - above) * (1 - neck) * (1 - hair)
+    return out / np.maximum(out.sum(-1, keepdims=True), 1e-6)
+
+
+def smooth(layers: Iterable[np.ndarray | None]) -> Iterator[np.ndarray | None]:
+  """Averages each frame's probabilities with its neighbours'; None stays None."""
+  before: np.ndarray | None = None
+  this: np.ndarray | None = None
+  first = True
+  for after in layers:
+    if not first:
+      yield _mix(before, this, after)
+    before, this, first = this, after, False
+  if not first:
+    yield _mix(before, this, None)
+
+
+def _mix(before, this, after):
+  if this is None:
+    return None
+  out = SHARE[1] * this
+  for neighbour, share in ((before, SHARE[0]), (after, SHARE[2])):
+    out += share * (this if neighbour is None else neighbour)
+  return out
+
+
+def classify(
+  layers: Float32[np.ndarray, "h w c"], points: Float[np.ndarray, "p 3"]
+) -> UInt8[np.ndarray, "h w"]:
+  """One class a pixel: the likeliest, freed of specks and holes, and the mouth as the lips show it."""
+  h, w = layers.shape[:2]
+  classes = np.argmax(layers, axis=2).astype(np.uint8)
+  # The person is one piece without holes.
+  person = classes != BACKGROUND
+  pieces, count = ndi.label(person)
+  if count > 1:
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    whole = pieces == np.argmax(sizes)
+    classes[person & ~whole] = BACKGROUND
+    person = whole
+  holes, count = ndi.label(~person)
+  if count:
+    sizes = np.bincount(holes.ravel())
+    small = sizes < 0.002 * h * w
+    small[0] = False
+    likeliest = np.argmax(layers[..., 1:], axis=2).astype(np.uint8) + 1
+    spot = small[holes]
+    classes[spot] = likeliest[spot]
+  # Each other layer loses its specks to whatever lies around them.
+  for label in (FACE, HAIR, NECK):
+    pieces, count = ndi.label(classes == label)
+    if count > 1:
+      sizes = np.bincount(pieces.ravel())
+      sizes[0] = 0
+      speck = (sizes < 0.1 * sizes.max())[pieces] & (pieces > 0)
+      others = layers.copy()
+      others[..., label] = -1
+      classes[speck] = np.argmax(others, axis=2)[speck]
+  gap = np.linalg.norm(points[13, :2] - points[14, :2])
+  if gap > 0.004 * h:
+    classes[fill_polygon(points[marks.INNER_LIPS, :2], h, w) > 0.5] = MOUTH
+  return classes
+
+
+def find_teeth(
+  image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]
+) -> Bool[np.ndarray, "h w"]:
+  """Bright, pale pixels of the inner mouth, judged by the face's own skin."""
+  mouth = classes == MOUTH
+  out = np.zeros(mouth.shape, bool)
+  skin = image[classes == FACE]
+  if mouth.sum() < 12 or len(skin) < 100:
+    return out
+  values = image[mouth].astype(np.float32)
+  level = float(np.median(skin.max(1)))
+  bright = values.max(1)
+  pale = 1 - values.min(1) / np.maximum(bright, 1)
+  skin_pale = float(np.median(1 - skin.min(1) / np.maximum(skin.max(1), 1)))
+  out[mouth] = (bright > 0.55 * level) & (pale < 0.8 * skin_pale)
+  return ndi.binary_opening(out, np.ones((2, 2), bool))
+
+
+class Plate:
+  """Gathers the empty background from frames spread over the clip."""
+
+  def __init__(self, frames: int):
+    self._every = max(frames // PLATE_SAMPLES, 1)
+    self._count = 0
+    self._images: list[np.ndarray] = []
+    self._away: list[np.ndarray] = []
+
+  def add(
+    self, image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]
+  ) -> None:
+    """Takes every so many frames; call it for all that have a face."""
+    if self._count % self._every == 0:
+      away = ndi.distance_transform_edt(classes == BACKGROUND)
+      self._images.append(image)
+      self._away.append(np.minimum(away, 255).astype(np.uint8))
+    self._count += 1
+
+  def finish(self) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
+    """The plate and the share of its pixels that were seen; the rest is painted in.
+
+    A pixel is the median over the frames in which it lies clear of the person; where it never
+    does, what it was when farthest from the person.
+    """
+    images, away = np.stack(self._images), np.stack(self._away)
+    h, w = images.shape[1:3]
+    clear = max(MARGIN * h, 4)
+    plate = np.zeros((h, w, 3), np.float32)
+    for r in range(0, h, 32):  # in strips, for the memory's sake
+      rows = slice(r, r + 32)
+      seen = (away[:, rows] > clear)[..., None]
+      some = seen.any(0)
+      values = np.where(seen, images[:, rows].astype(np.float32), np.nan)
+      values[:, ~some[..., 0]] = 0
+      plate[rows] = np.nanmedian(values, axis=0)
+      best = np.argmax(away[:, rows], axis=0)[None, ..., None]
+      last = np.take_along_axis(images[:, rows], best, axis=0)[0]
+      plate[rows] = np.where(some, plate[rows], last)
+    known = away.max(0) > clear / 2
+    filled = fill_in(plate, known)
+    return np.clip(np.round(filled), 0, 255).astype(np.uint8), float(known.mean())
+
+
+def fill_in(
+  image: Float[np.ndarray, "h w 3"], known: Bool[np.ndarray, "h w"]
+) -> Float[np.ndarray, "h w 3"]:
+  """Unknown pixels from the known around them, ever coarser the farther those are."""
+  if known.all() or not known.any():
+    return image.copy()
+  weight = known.astype(np.float32)
+  sums = image.astype(np.float32) * weight[..., None]
+  levels = [(sums, weight)]
+  while min(levels[-1][1].shape) > 2 and (levels[-1][1] == 0).any():
+    sums, weight = levels[-1]
+    even = ((0, sums.shape[0] % 2), (0, sums.shape[1] % 2))
+    sums, weight = np.pad(sums, (*even, (0, 0))), np.pad(weight, even)
+    h, w = weight.shape
+    sums = sums.reshape(h // 2, 2, w // 2, 2, 3).sum((1, 3))
+    weight = weight.reshape(h // 2, 2, w // 2, 2).sum((1, 3))
+    scale = np.minimum(1, 1 / np.maximum(weight, 1e-9))  # one full pixel is enough
+    levels.append((sums * scale[..., None], weight * scale))
+  sums, weight = levels[-1]
+  total = (sums.reshape(-1, 3).sum(0) / max(weight.sum(), 1e-9))[None, None]
+  guess = sums + (1 - weight)[..., None] * total
+  for sums, weight in levels[-2::-1]:
+    h, w = weight.shape
+    up = np.stack([_stretch(guess[..., c], h, w) for c in range(3)], -1)
+    guess = sums + (1 - weight)[..., None] * up
+  return np.where(known[..., None], image, guess)
+
+
+def put_behind(
+  image: UInt8[np.ndarray, "h w 3"],
+  classes: UInt8[np.ndarray, "h w"],
+  plate: UInt8[np.ndarray, "h w 3"],
+) -> UInt8[np.ndarray, "h w 3"]:
+  """The person over the plate: what training aims at."""
+  return np.where((classes == BACKGROUND)[..., None], plate, image)
+
+
+def cut_torso(
+  image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "h w 4"]:
+  """Neck and torso, opaque, carried on upwards under the head.
+
+  Each column of the neck goes on by a tenth of the picture, of the torso by a fiftieth, in the
+  colour at its upper end, a little darker with every row (method.md E.6).
+  """
+  h, w = classes.shape
+  head = np.isin(classes, (FACE, HAIR, MOUTH))
+  body = np.isin(classes, (NECK, TORSO))
+  colour = image.astype(np.float32)
+  covered = body.copy()
+  painted = np.zeros((h, w), bool)
+  inset = max(round(h / 128), 1)
+  # The upper end of a column: body whose neighbour above is head.
+  ends = np.zeros((h, w), bool)
+  ends[1:] = body[1:] & head[:-1]
+  for column in np.flatnonzero(ends.any(0)):
+    row = int(np.argmax(ends[:, column]))
+    is_neck = classes[row, column] == NECK
+    reach = round(h * (53 if is_neck else 9) / 512)
+    run = body[row : row + 2 * inset + 1, column]
+    depth = int(np.argmin(run)) if not run.all() else len(run)
+    begin = min(inset, max(depth - 1, 0)) if is_neck else 0
+    source = colour[row + begin : row + max(depth, begin + 1), column].mean(0)
+    top = max(row + begin - reach, 0)
+    steps = np.arange(row + begin - top, 0, -1)
+    colour[top : row + begin, column] = source[None] * 0.98 ** steps[:, None]
+    covered[top : row + begin, column] = True
+    painted[top : row + begin, column] = True
+  # Smooth what was painted, across columns above all, without the picture's own pixels.
+  weight = np.maximum(ndi.gaussian_filter(covered.astype(np.float32), (2, 3)), 1e-3)
+  soft = np.stack(
+    [ndi.gaussian_filter(colour[..., c] * covered, (2, 3)) / weight for c in range(3)], -1
+  )
+  colour = np.where((painted & ~body)[..., None], soft, colour)
+  out = np.zeros((h, w, 4), np.uint8)
+  out[..., :3] = np.clip(np.round(colour), 0, 255) * covered[..., None]
+  out[..., 3] = covered * 255
+  return out
+
+
+def fill_polygon(
+  points: Float[np.ndarray, "n 2"], height: int, width: int
+) -> Float32[np.ndarray, "h w"]:
+  """How much of each pixel a polygon in pixels covers, 0..1, in sixteenths."""
+  out = np.zeros((height, width), np.float32)
+  fine = 4
+  low = np.clip(np.floor(points.min(0)).astype(int) - 1, 0, [width, height])
+  high = np.clip(np.ceil(points.max(0)).astype(int) + 1, 0, [width, height])
+  size = high - low
+  if (size <= 0).any():
+    return out
+  canvas = Image.new("L", (int(size[0]) * fine, int(size[1]) * fine))
+  corners = [(float(x), float(y)) for x, y in (points - low) * fine - 0.5]
+  ImageDraw.Draw(canvas).polygon(corners, fill=1)
+  cover = np.asarray(canvas, np.float32).reshape(size[1], fine, size[0], fine).mean((1, 3))
+  out[low[1] : high[1], low[0] : high[0]] = cover
+  return out
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _stretch(layer: np.ndarray, height: int, width: int) -> Float32[np.ndarray, "h w"]:
+  picture = Image.fromarray(np.asarray(layer, np.float32))
+  return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _blur(layer: np.ndarray, sigma: float) -> np.ndarray:
+  return ndi.gaussian_filter(layer.astype(np.float32), sigma)
+
+
