@@ -58,7 +58,7 @@ def seed_splats(stage: Stage, key) -> tuple[Splats, Alive]:
   splats = Splats(
     means=fill(points, (3,)), raw_scales=fill(raw[:, None], (3,)),
     quats=jnp.zeros((slots, 4)).at[:, 0].set(1.0),
-    logit_opacities=jnp.full((slots,), float(np.log(0.1 / 0.9))),
+    logit_opacities=jnp.full((slots,), np.log(0.1 / 0.9), jnp.float32),
     sh_dc=jnp.zeros((slots, 1, 3)), sh_rest=jnp.zeros((slots, 8, 3)))
   return splats, jnp.arange(slots) < count
 
