@@ -160,7 +160,9 @@ def unflatten(arrays: Mapping[str, np.ndarray], meta: str, source: os.PathLike) 
   motions = jax.eval_shape(lambda key: init_motion(key, motion), jax.random.key(0))
   for name, shapes in zip(LAYERS, motions, strict=True):
     means = arrays.get(f"{name}/splats/means")
-    count = len(means) if means is not None and means.ndim == 2 else 0
+    if means is None or means.ndim != 2:
+      raise UserError(f"{source} lacks {name}/splats/means [n, 3]: export it again")
+    count = len(means)
     wanted = {"splats": _splat_shapes(count)._asdict(), "motion": shapes}
     wanted["alive"] = jax.ShapeDtypeStruct((count,), np.bool_)
     paths, tree = jax.tree_util.tree_flatten_with_path(wanted)

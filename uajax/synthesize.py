@@ -197,8 +197,11 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
   """Renders frame after frame; the device draws a chunk while the one before is handed out.
 
   Raises:
-    UserError: the avatar renders values that are not finite.
+    UserError: the avatar holds values that are not finite (splats of such are not drawn at all,
+      so that the pictures alone would not show it).
   """
+  if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(avatar)):
+    raise UserError("the avatar holds NaN or infinity: its training diverged, train it anew")
   scenes = iter(scenes)
   waiting: tuple[int, tuple] | None = None
   while True:
@@ -210,9 +213,7 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
       begun = len(taken), _draw(avatar, jax.tree.map(lambda *leaves: np.stack(leaves), *filled))
     if waiting is not None:
       count, results = waiting
-      images, maps, finite = (np.asarray(result) for result in results)
-      if not finite[:count].all():
-        raise UserError("the avatar renders NaN or infinity: its training diverged, train it anew")
+      images, maps = (np.asarray(result) for result in results)
       for i in range(count):
         yield Drawn(images[i], maps[i])
     if begun is None:
@@ -225,9 +226,7 @@ def _draw(avatar: Avatar, scenes: Scene):
   def one(scene: Scene):
     back = scene.background.astype(jnp.float32) / 255
     image = render(avatar, scene.controls, scene.camera, back)
-    finite = jnp.isfinite(image.composite).all()
-    pixels = jnp.round(jnp.clip(image.composite, 0, 1) * 255).astype(jnp.uint8)
-    return pixels, image.uncertainty, finite
+    return jnp.round(image.composite * 255).astype(jnp.uint8), image.uncertainty
 
   return jax.lax.map(one, scenes)
 
@@ -267,8 +266,8 @@ def _write_both(write, films: list[pathlib.Path], drawn: Iterator[Drawn]) -> Non
       pass
     except BaseException as error:
       failure.append(error)
-      while maps.get() not in (over, None):  # else the film would wait for room in the queue
-        pass
+      while (left := maps.get()) is not over and left is not None:
+        pass  # else the film would wait for room in the queue
 
   thread = threading.Thread(target=encode, name="uncertainty film")
   thread.start()

@@ -1,0 +1,117 @@
+"""Exports: what another program reads is what the avatar is."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.uajax import tiny_run
+from uajax import export
+from uajax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def avatar():
+  return tiny_run.avatar()
+
+
+def read_ply(path):
+  """A reader of its own: header by lines, rows by the declared properties."""
+  head, _, body = path.read_bytes().partition(b"end_header\n")
+  lines = head.decode("ascii").splitlines()
+  assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
+  count = next(int(line.split()[2]) for line in lines if line.startswith("element vertex"))
+  names = [line.split()[2] for line in lines if line.startswith("property float")]
+  table = np.frombuffer(body, "<f4").reshape(count, len(names))
+  return {name: table[:, i] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_what_was_exported_comes_back_bit_for_bit(avatar, tmp_path, kind):
+  path = tmp_path / f"avatar.{kind}"
+  getattr(export, f"write_{kind}")(path, avatar)
+  back = getattr(export, f"load_{kind}")(path)
+  assert jax.tree.structure(back) == jax.tree.structure(avatar)
+  jax.tree.map(np.testing.assert_array_equal, back, avatar)
+  assert back.config == avatar.config
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_ply_holds_the_living_splats_as_viewers_read_them(avatar, tmp_path):
+  ply = read_ply(export.write_ply(tmp_path / "face.ply", avatar.face))
+  splats = jax.tree.map(lambda x: np.asarray(x)[:14], avatar.face.splats)
+  assert list(ply)[:9] == ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2"]
+  np.testing.assert_array_equal(np.stack([ply[a] for a in "xyz"], -1), splats.means)
+  scales = np.stack([ply[f"scale_{i}"] for i in range(3)], -1)  # viewers apply exp
+  np.testing.assert_allclose(np.exp(scales), np.log1p(np.exp(splats.raw_scales)), rtol=1e-5)
+  np.testing.assert_allclose(ply["opacity"], splats.logit_opacities)  # viewers apply sigmoid
+  quats = np.stack([ply[f"rot_{i}"] for i in range(4)], -1)
+  np.testing.assert_allclose(np.linalg.norm(quats, axis=-1), 1, rtol=1e-5)
+  np.testing.assert_allclose(quats[:, 0] * np.linalg.norm(splats.quats, axis=-1),
+                             splats.quats[:, 0], rtol=1e-5)  # fmt: skip
+  # channel-major: all eight of red, then green, then blue
+  np.testing.assert_array_equal(ply["f_rest_8"], splats.sh_rest[:, 0, 1])
+  np.testing.assert_array_equal(ply["f_rest_23"], splats.sh_rest[:, 7, 2])
+
+
+def test_log_softplus_is_right_far_below_zero():
+  raw = np.array([-200.0, -30.1, -29.9, -5.0, 0.0, 50.0])
+  want = [-200.0, -30.1, -29.9, np.log(np.log1p(np.exp(-5.0))), np.log(np.log(2)), np.log(50.0)]
+  np.testing.assert_allclose(export.log_softplus(raw), want, rtol=1e-6)
+
+
+def test_a_layer_without_splats_is_no_ply(avatar, tmp_path):
+  dead = avatar.face.replace(alive=avatar.face.alive & False)
+  with pytest.raises(UserError, match="no splats"):
+    export.write_ply(tmp_path / "x.ply", dead)
+  assert not list(tmp_path.iterdir())
+
+
+def spoil(arrays, meta):
+  means = "face/splats/means"
+  yield {k: v for k, v in arrays.items() if k != means}, meta, "lacks face/splats/means"
+  yield arrays | {means: arrays[means][:, :2]}, meta, "means is float32"
+  yield arrays | {means: arrays[means] * np.nan}, meta, "NaN"
+  yield arrays | {means: arrays[means].astype(np.float64)}, meta, "float64"
+  yield arrays | {"face/more": arrays[means]}, meta, "no avatar has"
+  other = json.loads(meta)
+  yield arrays, json.dumps(other | {"version": 9}), "format 9"
+  yield arrays, json.dumps(other | {"config": {}}), "does not fit"
+  yield arrays, json.dumps(other | {"sh_degree": 7}), "SH degree 7"
+  yield arrays, "{", "meta is damaged"
+
+
+def test_a_spoilt_archive_is_refused_in_one_line(avatar, tmp_path):
+  path = export.write_npz(tmp_path / "a.npz", avatar)
+  with np.load(path) as archive:
+    arrays = {name: archive[name] for name in archive.files}
+  meta = str(arrays.pop("meta"))
+  for changed, said, words in spoil(arrays, meta):
+    np.savez(path, meta=np.array(said), **changed)
+    with pytest.raises(UserError, match=words) as caught:
+      export.load_npz(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_archive_is_refused(tmp_path, content):
+  path = tmp_path / "a.npz"
+  path.write_bytes(content)
+  with pytest.raises(UserError, match="no avatar archive"):
+    export.load_npz(path)
+  path.rename(tmp_path / "a.safetensors")
+  with pytest.raises(UserError, match="no avatar archive"):
+    export.load_safetensors(tmp_path / "a.safetensors")
+
+
+def test_objects_in_an_archive_are_never_unpickled(avatar, tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, meta=np.array("{}"), x=np.array([{"a": 1}], object))
+  with pytest.raises(UserError, match="no avatar archive"):
+    export.load_npz(path)
+
+
+def test_formats_of_later_versions_say_so(tmp_path):
+  with pytest.raises(UserError, match="later version"):
+    export.export(tmp_path, "stablehlo", tmp_path / "x")

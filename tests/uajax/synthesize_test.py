@@ -1,0 +1,195 @@
+"""From speech to film: poses that go on, blinks, frames that are the avatar's, length and sound."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.uajax import tiny_run
+from tests.uajax.data import subject_folder
+from uajax import media, synthesize
+from uajax.data import folder
+from uajax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+  path = tmp_path_factory.mktemp("synthesize") / "subject"
+  subject_folder.make(path)
+  return path
+
+
+def test_the_walk_goes_on_without_a_jump():
+  at = synthesize.walk(100, np.arange(7))
+  assert len(at) == 100 and set(at) == set(range(7))
+  assert np.abs(np.diff(at)).max() == 1 and at[:14].tolist() == [*range(7), *range(5, -1, -1), 1]
+
+
+def test_the_walk_stays_in_the_longest_whole_stretch():
+  ids = np.r_[0:5, 40:60, 62:70, 500:510]  # one frame missing inside the second does not matter
+  at = synthesize.walk(200, ids)
+  assert ids[at].min() == 40 and ids[at].max() == 69
+  assert synthesize.walk(3, np.array([4])).tolist() == [0, 0, 0]
+
+
+def test_blinks_come_at_human_intervals_and_no_stronger_than_seen():
+  rng = np.random.default_rng(0)
+  units = rng.uniform(0, 1, (50, 6)).astype(np.float32)
+  poses = synthesize.walk(60 * 25, np.arange(50))
+  made = synthesize.eyes(units, poses, "auto", rng)
+  np.testing.assert_array_equal(made[:, :5], units[poses, :5])  # brows are the training clip's
+  shut = made[:, 5] > 0
+  begun = int((np.diff(shut.astype(int)) == 1).sum())
+  assert 10 <= begun <= 30 and shut.mean() < 0.15  # in a minute
+  assert made[:, 5].max() <= units[:, 5].max()
+  assert not synthesize.eyes(units, poses, "none", rng)[:, 5].any()
+  again = synthesize.eyes(units, poses, "auto", np.random.default_rng(1))
+  other = synthesize.eyes(units, poses, "auto", np.random.default_rng(2))
+  assert (again[:, 5] != other[:, 5]).any()
+
+
+def test_every_frame_is_drawn_once_in_order(subject):
+  avatar, source = tiny_run.avatar(), folder.Source(subject, "train")
+  frames = list(source)
+  scenes = [synthesize.Scene(f.controls, f.camera, f.background) for f in frames]
+  drawn = list(synthesize.draw(avatar, scenes))
+  assert len(drawn) == 10 > synthesize.CHUNK and drawn[0].image.dtype == np.uint8
+  for i in (0, 7, 9):
+    (alone,) = synthesize.draw(avatar, [scenes[i]])
+    np.testing.assert_array_equal(alone.image, drawn[i].image)
+    assert (alone.image != frames[i].background).any()  # the head is seen
+    assert alone.uncertainty.max() > 0
+  assert (drawn[0].image != drawn[9].image).any()
+  assert not list(synthesize.draw(avatar, []))
+
+
+def test_a_diverged_avatar_is_not_drawn(subject):
+  made = tiny_run.avatar()
+  broken = tiny_run.with_splats(made, sh_dc=made.face.splats.sh_dc.at[0].set(jnp.nan))
+  with pytest.raises(UserError, match="diverged"):
+    next(synthesize.draw(broken, []))
+
+
+def test_reading_ahead_keeps_order_and_passes_errors_on():
+  assert list(synthesize.ahead(lambda x: 2 * x, range(50), depth=3)) == list(range(0, 100, 2))
+  with pytest.raises(ZeroDivisionError):
+    list(synthesize.ahead(lambda x: 1 // x, [1, 0]))
+
+
+def test_uncertainty_goes_from_black_to_bright():
+  row = synthesize.colour(np.linspace(0, 2, 9)[None, :], 1.0)
+  assert row[0, 0].tolist() == [0, 0, 0] and (row[0, 4:] == row[0, 4]).all()
+  assert (np.diff(row[0, :5].astype(int).sum(-1)) > 0).all()
+
+
+def frames_of(count):
+  for i in range(count):
+    yield synthesize.Drawn(np.full((16, 16, 3), 5 * i, np.uint8), np.full((16, 16), 0.1 * i))
+
+
+def test_two_films_from_one_stream(tmp_path):
+  films = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+  synthesize._write_both(media.write_video, films, frames_of(40))
+  assert [media.probe(film).frames for film in films] == [40, 40]
+
+
+def test_neither_film_remains_when_either_fails(tmp_path):
+  def breaking():
+    yield from frames_of(30)
+    raise UserError("the stream broke")
+
+  films = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+  with pytest.raises(UserError, match="the stream broke"):
+    synthesize._write_both(media.write_video, films, breaking())
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "b.mp4").mkdir()
+  with pytest.raises(UserError, match="is a folder"):
+    synthesize._write_both(media.write_video, films, frames_of(60))
+  assert [p.name for p in tmp_path.iterdir()] == ["b.mp4"]
+
+
+@pytest.fixture(scope="module")
+def run(subject):
+  return tiny_run.make(subject.parent / "run", subject)
+
+
+def speech(seconds, rate=16_000):
+  t = np.arange(round(seconds * rate)) / rate
+  return (0.3 * np.sin(2 * np.pi * 150 * t) * np.sin(2 * np.pi * 2 * t)).astype(np.float32)
+
+
+def pictures(path):
+  return np.stack(list(media.read_frames(path))).astype(float)
+
+
+def test_a_film_is_as_long_as_the_speech_and_sounds_like_it(run, tmp_path):
+  sound = speech(1.47)
+  media.write_wav(tmp_path / "in.wav", sound)
+  out, doubt = tmp_path / "new" / "out.mp4", tmp_path / "doubt.mp4"
+  made = synthesize.synthesize(run.path, tmp_path / "in.wav", out, uncertainty=doubt)
+  assert made.frames == 37 and media.probe(out).frames == 37 == media.probe(doubt).frames
+  assert not media.probe(doubt).has_audio or media.probe(doubt).duration_s < 1.6
+  heard = media.read_audio(out)
+  assert abs(len(heard) - 37 * 640) <= 640
+  shared = min(len(heard), len(sound))
+  assert np.corrcoef(heard[:shared], sound[:shared])[0, 1] > 0.95  # in place, not late
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["doubt.mp4", "in.wav", "new"]
+
+
+def test_emotion_background_and_seed_show(run, tmp_path):
+  wav = tmp_path / "in.wav"
+  media.write_wav(wav, speech(0.4))
+
+  def film(name, **how):
+    synthesize.synthesize(run.path, wav, tmp_path / f"{name}.mp4", blink="none", **how)
+    return pictures(tmp_path / f"{name}.mp4")
+
+  calm = film("a", emotion="neutral")
+  assert calm.shape == (10, 32, 40, 3)
+  happy, half = film("b", emotion="happy"), film("c", emotion="Happy", intensity=0.5)
+  assert np.abs(happy - calm).max() > 20 and np.abs(half - happy).max() > 5
+  np.testing.assert_array_equal(film("d", emotion="happy", intensity=0.0), calm)
+  other = film("e", emotion_reference=wav)
+  assert np.isfinite(other).all()
+  assert film("f", background="white")[:, :3].mean() > 240 > calm[:, :3].mean()
+
+
+def spoil(tmp_path):
+  silent, nothing, text = tmp_path / "silent.wav", tmp_path / "none.wav", tmp_path / "text.wav"
+  media.write_wav(silent, np.zeros(16_000, np.float32))
+  media.write_wav(nothing, np.zeros(0, np.float32))
+  text.write_text("no sound at all")
+  media.write_wav(tmp_path / "good.wav", speech(0.2))
+  good = tmp_path / "good.wav"
+  yield silent, {}, "silent"
+  yield nothing, {}, "none.wav"
+  yield text, {}, "not a sound"
+  yield tmp_path / "lost.wav", {}, "does not exist"
+  yield good, {"emotion": "furious"}, "happy, neutral"
+  yield good, {"emotion": "happy", "intensity": 9.0}, "intensity"
+  yield good, {"emotion_reference": silent}, "silent"
+  yield good, {"subject": tmp_path / "moved"}, "--subject"
+  yield good, {"uncertainty": tmp_path / "out.mp4"}, "named twice"
+  yield good, {"uncertainty": tmp_path / "out.avi"}, "does not end in .mp4"
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path):
+  cases = list(spoil(tmp_path))
+  before = sorted(tmp_path.iterdir())
+  for audio, how, words in cases:
+    with pytest.raises(UserError, match=words) as caught:
+      synthesize.synthesize(run.path, audio, tmp_path / "out.mp4", **how)
+    assert "\n" not in str(caught.value)
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_eight_kilohertz_stereo_is_heard(run, tmp_path):
+  import wave
+
+  pcm = (speech(0.5, 8_000) * 32767).astype("<i2")
+  with wave.open(str(tmp_path / "s.wav"), "wb") as file:
+    file.setnchannels(2)
+    file.setsampwidth(2)
+    file.setframerate(8_000)
+    file.writeframes(np.repeat(pcm, 2).tobytes())
+  made = synthesize.synthesize(run.path, tmp_path / "s.wav", tmp_path / "o.mp4")
+  assert made.frames == 13 and made.duration_s == 0.52
