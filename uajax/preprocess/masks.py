@@ -222,14 +222,17 @@ class Plate:
     self._images: list[np.ndarray] = []
     self._away: list[np.ndarray] = []
 
-  def add(
-    self, image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]
-  ) -> None:
-    """Takes every so many frames; call it for all that have a face."""
-    if self._count % self._every == 0:
-      away = ndi.distance_transform_edt(classes == BACKGROUND)
-      self._images.append(image)
-      self._away.append(np.minimum(away, 255).astype(np.uint8))
+  def wants(self) -> bool:
+    """Whether the next frame is one to `add`; else `skip` it."""
+    return self._count % self._every == 0
+
+  def add(self, image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]) -> None:
+    away = ndi.distance_transform_edt(classes == BACKGROUND)
+    self._images.append(image)
+    self._away.append(np.minimum(away, 255).astype(np.uint8))
+    self._count += 1
+
+  def skip(self) -> None:
     self._count += 1
 
   def finish(self) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
