@@ -4,9 +4,17 @@ Golden values, clips and pretrained models lie beside the checkout where the pro
 developed. Elsewhere the tests that need them skip and say so; in CI a missing file is an error.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
+# Programs compiled in one test serve the others, and the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _compiled = tempfile.mkdtemp(prefix="uajax-tests-")
+  atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -188,7 +188,7 @@ def adopt(path, avatar: Avatar, origin, subject=None) -> Run:
   experiment = Experiment(model=Model(motion=avatar.config, audio=audio))
   run = create(path, subject or path / "no_subject", experiment)
   _log.info("adopted %s", origin)
-  run.save(avatar, {}, Progress(len(experiment.stages()), 0, 0))
+  run.save(avatar, {"step": np.zeros((), np.int32)}, Progress(len(experiment.stages()), 0, 0))
   return run
 
 

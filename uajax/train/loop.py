@@ -122,7 +122,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, material: Materia
     if step % experiment.picture_every == 0 or done:
       journal.picture(before + step, stage.name, _picture(state.avatar, stage, val))
     if done:
-      run.save(state.avatar, {}, runs.Progress(number + 1, 0, before + step))
+      run.save(state.avatar, {"step": state.step}, runs.Progress(number + 1, 0, before + step))
     elif step % experiment.save_every == 0:
       run.save(state.avatar, _training(state), runs.Progress(number, step, before + step))
     note = f"{stage.name} {phase}"

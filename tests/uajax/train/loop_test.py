@@ -1,0 +1,137 @@
+"""Three stages of a few steps on a tiny subject: everything that happens in a long run happens."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.uajax.data import subject_folder
+from uajax import config, runs
+from uajax.errors import UserError
+from uajax.train import loop
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def experiment(steps: int = 8) -> config.Experiment:
+  planes = config.Planes(features=4, resolution=4, multiples=(1,))
+  motion = config.Motion(planes=planes, emotion_planes=planes, members=2, hidden=4, latent=4,
+                         features=4)
+
+  def small(stage, **changes):
+    densify = dataclasses.replace(stage.densify, start=1, every=2, until=6, slots=32, max_slots=64,
+                                  grad_threshold=1e-9, prune_size=10.0, min_opacity=0.0,
+                                  min_opacity_rise=0.0)
+    return dataclasses.replace(
+      config.shorten(stage, steps, splats=24), warm_steps=2, ensemble_from=4, guide_every=2,
+      densify=densify, **changes)
+
+  fuse = dataclasses.replace(config.FUSE, steps=2, lpips_from=2)
+  return config.Experiment(
+    model=config.Model(motion=motion), mouth=small(config.MOUTH, lpips_from=8),
+    face=small(config.FACE, lpips_from=8), fuse=fuse, log_every=2, picture_every=8, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+  path = tmp_path_factory.mktemp("subjects") / "tiny"
+  subject_folder.make(path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def trained(subject, tmp_path_factory):
+  return loop.train(subject, tmp_path_factory.mktemp("runs") / "whole", experiment(),
+                    source="folder")
+
+
+def leaves(run):
+  avatar = run.avatar()
+  return jax.tree.leaves((avatar.face, avatar.mouth))
+
+
+def test_a_run_trains_grows_and_reports(trained):
+  rows = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
+  assert [row["total"] for row in rows] == list(range(2, 19, 2))
+  assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 for row in rows)
+  mouth = [row["mouth_splats"] for row in rows if row["stage"] == "mouth"]
+  assert mouth[0] > 24 and mouth[-1] > 32, "splats grow, and past the first 32 slots"
+  assert len(list((trained.path / "pictures").glob("*.png"))) == 3
+  assert list((trained.path / "tensorboard").glob("events.*"))
+  assert "complete" in trained.progress()
+  assert all(np.isfinite(leaf).all() for leaf in leaves(trained))
+
+
+def test_each_stage_trains_its_own_part_only(trained, subject):
+  begun = loop._begin(loop.fit_audio(experiment(), _clip(subject)))
+  avatar = trained.avatar()
+  moved = lambda a, b: [(np.asarray(x) != np.asarray(y)).any() for x, y in zip(
+    jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+  assert any(moved(begun.face.motion, avatar.face.motion))
+  assert any(moved(begun.mouth.motion, avatar.mouth.motion))
+
+
+def test_training_a_finished_run_again_changes_nothing(trained, subject):
+  before = leaves(trained)
+  again = loop.train(subject, trained.path, experiment(), source="folder")
+  for a, b in zip(before, leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_other_settings_do_not_touch_a_run(trained, subject):
+  other = dataclasses.replace(experiment(), seed=1)
+  with pytest.raises(UserError, match="other settings .*seed 0 -> 1"):
+    loop.train(subject, trained.path, other, source="folder")
+
+
+def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained, subject, tmp_path):
+  """SIGKILL in the mouth stage and in the face stage, at a time nobody chose."""
+  path = tmp_path / "killed"
+  code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+          "from uajax.train import loop\n"
+          "from tests.uajax.train.loop_test import experiment\n"
+          f"loop.train({str(subject)!r}, {str(path)!r}, experiment(), source='folder')\n")
+  for wanted in (2, 12):
+    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 240
+    while _newest(path) < wanted and child.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.05)
+    assert child.poll() is None, "it should still be training"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+  resumed = loop.train(subject, path, experiment(), source="folder")
+  for a, b in zip(leaves(trained), leaves(resumed), strict=True):
+    np.testing.assert_array_equal(a, b)
+  totals = [json.loads(line)["total"]
+            for line in (path / "metrics.jsonl").read_text().splitlines()]
+  assert totals == list(range(2, 19, 2)), "no line is lost or doubled"
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, subject, tmp_path, caplog):
+  path = tmp_path / "damaged"
+  run = loop.train(subject, path, experiment(), source="folder")
+  newest = max(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
+  for file in (run.checkpoints / str(newest) / "avatar").rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  assert runs.open_run(path).avatar() is not None
+  assert f"checkpoint {newest}" in caplog.text and "before" in caplog.text
+
+
+def _newest(path: pathlib.Path) -> int:
+  done = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+  return max(done, default=0)
+
+
+def _clip(subject):
+  from uajax.data import loader
+
+  return loader.load(subject, "train", source="folder")
