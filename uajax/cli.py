@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import re
@@ -44,11 +45,23 @@ class Preprocess:
 
   video: Positional[Path]  # any video that FFmpeg can read: one person, speaking, all the time
   out: Path  # the subject folder to make
+  size: int | None = None  # side of the square pictures in pixels (default: the video's, up to 512)
+  limit_s: float | None = None  # only the first so many seconds
+  av_offset: int | None = None  # frames by which the sound is late (default: estimated)
+  focal_px: float | None = None  # focal length of the cut-out picture, if known
+  parser: bool = True  # use the 19-class face parser where it is at hand
 
   def run(self) -> int:
     from uajax.preprocess import pipeline
 
-    pipeline.run(self.video, self.out, pipeline.Settings())
+    settings = pipeline.Settings(
+      size=self.size,
+      limit_s=self.limit_s,
+      av_offset=self.av_offset,
+      focal_px=self.focal_px,
+      parser=self.parser,
+    )
+    pipeline.run(self.video, self.out, settings)
     print(f"subject folder: {self.out}; next: uajax extract {self.out}")
     return 0
 
@@ -58,11 +71,23 @@ class Extract:
   """Priors and emotion of every frame: trains or loads the extractors, writes the features."""
 
   subject: Positional[Path]  # a subject folder
+  size: Literal["small", "paper"] = "small"  # of the networks; paper: as published, wants a GPU
+  wav2vec2: Path | None = None  # folder with Hugging Face wav2vec2 weights, with --size paper
+  seed: int = 0
 
   def run(self) -> int:
+    if self.wav2vec2 is not None and self.size != "paper":
+      raise WrongUse("--wav2vec2 belongs to --size paper: give both or none")
     from uajax.priors import extract
 
-    extract.train(self.subject, extract.Settings())
+    settings = dataclasses.replace(
+      extract.PAPER if self.size == "paper" else extract.SMALL,
+      wav2vec2=str(self.wav2vec2 or ""),
+      seed=self.seed,
+    )
+    extractors = extract.train(self.subject, settings)
+    for note in extractors.provenance.get("notes", ()):
+      print(f"note: {note}")
     print(f"features in {self.subject}; next: uajax train {self.subject} --workdir RUN")
     return 0
 
@@ -184,7 +209,7 @@ class ImportOfficial:
     from uajax import interop, runs
 
     runs.adopt(self.out, interop.load_official(self.checkpoint), self.checkpoint, self.subject)
-    print(f"run folder: {self.out}")
+    print(f"run folder: {self.out}; next: uajax export {self.out} --format npz --out avatar.npz")
     return 0
 
 
@@ -193,11 +218,15 @@ class Synthetic:
   """Make a procedural talking person with known truth, as a subject folder."""
 
   out: Positional[Path]  # the subject folder to make
+  seconds: float = 12.0  # of film
+  size: int = 128  # side of the pictures in pixels
+  seed: int = 0  # of looks, voice, words and movements
 
   def run(self) -> int:
     from uajax.data import synthetic
 
-    synthetic.make(self.out)
+    person = synthetic.Person(seed=self.seed, size_px=self.size)
+    synthetic.make(self.out, person, seconds=self.seconds, seed=self.seed)
     print(f"subject folder: {self.out}; next: uajax extract {self.out}")
     return 0
 
@@ -207,11 +236,12 @@ class Demo:
   """From nothing to a talking video of a procedural person, on any CPU in minutes."""
 
   out: Path = Path("demo")  # the folder for the film, the pictures and the report
+  seed: int = 0
 
   def run(self) -> int:
     from uajax import demo
 
-    demo.run(self.out)
+    print(demo.summarize(self.out, demo.run(self.out, seed=self.seed)))
     return 0
 
 
@@ -255,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if words and words[0] in LATER:
     return _fail(f"`uajax {words[0]}` ({LATER[words[0]]}) comes with a later version", 2)
   _keep_compiled()
+  logging.basicConfig(level=logging.WARNING, format="uajax: %(message)s")
   try:
     command = parse(words)
     return command.run()

@@ -14,14 +14,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
-from uajax import contact, metrics, saving, synthesize
+from uajax import contact, losses, metrics, saving, synthesize
 from uajax.errors import UserError
 from uajax.progress import Progress
 
@@ -62,20 +63,19 @@ def evaluate(
   source = synthesize.open_source(run, split, subject)
   count = len(source)
   perceive, lpips_note = _perception((source.height, source.width))
-  squares = lip_squares([source.numbers(i)[2] for i in range(count)], source.height, source.width)
   truths: collections.deque = collections.deque()  # read, their renders still to come
 
   def scenes() -> Iterator[synthesize.Scene]:
     for frame in synthesize.ahead(source.__getitem__, range(count)):
-      truths.append(frame.image)
+      truths.append((frame.image, frame.lips))
       yield synthesize.Scene(frame.controls, frame.camera, frame.background)
 
   rows: list[Measures] = []
   shown = _Shown(count)
   progress = Progress(f"evaluate {split}", count)
   for i, drawn in enumerate(synthesize.draw(avatar, scenes())):
-    truth = truths.popleft()
-    row = measure(drawn.image, truth, squares[i], perceive)
+    truth, lips = truths.popleft()
+    row = measure(drawn.image, truth, lips, perceive)
     rows.append(row | {"uncertainty": float(drawn.uncertainty.mean())})
     psnr_db = row["psnr_db"]
     shown.add(i, truth, drawn.image, f"frame {source.ids[i]}  {psnr_db:.2f} dB", psnr_db)
@@ -150,44 +150,27 @@ def compare(
 def measure(
   render: UInt8[np.ndarray, "h w 3"],
   truth: UInt8[np.ndarray, "h w 3"],
-  square: Int[np.ndarray, " 4"] | None,
+  lips: Int[np.ndarray, " 4"] | None,
   perceive: Callable | None = None,
 ) -> Measures:
   """The measures of one frame.
 
   Args:
-    square: rows r0:r1, columns c0:c1 of the mouth region; None: not measured. Its size should
-      stay the same from frame to frame, since each new one compiles anew.
+    lips: rows r0:r1, columns c0:c1 of the mouth region; None: not measured.
     perceive: float [h w 3] in 0..1 twice -> LPIPS; None: not measured.
 
   Returns:
     psnr_db (100 at most: equal pictures), ssim, and mouth_psnr_db, mouth_ssim, lpips if measured.
   """
   a, b = (image.astype(np.float32) / 255 for image in (render, truth))
-  row = _distances(a, b)
-  if square is not None:
-    r0, r1, c0, c1 = (int(v) for v in square)
-    near = _distances(a[r0:r1, c0:c1], b[r0:r1, c0:c1])
-    row |= {f"mouth_{name}": value for name, value in near.items()}
+  rect = np.asarray((0, len(a), 0, a.shape[1]) if lips is None else lips, np.int32)
+  psnr, ssim, mouth_psnr, mouth_ssim = (float(value) for value in _distances(a, b, rect))
+  row = {"psnr_db": min(psnr, 100.0), "ssim": ssim}
+  if lips is not None:
+    row |= {"mouth_psnr_db": min(mouth_psnr, 100.0), "mouth_ssim": mouth_ssim}
   if perceive is not None:
     row["lpips"] = float(perceive(a, b))
   return row
-
-
-def lip_squares(
-  lips: Sequence[Int[np.ndarray, " 4"]], height: int, width: int
-) -> Int[np.ndarray, "f 4"]:
-  """Squares around the lips, all as large as the largest, moved inside the picture.
-
-  Args:
-    lips: rows r0:r1, columns c0:c1 of each frame's own square.
-  """
-  boxes = np.asarray(lips)
-  sides = np.maximum(boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2])
-  side = int(np.clip(sides.max(), 8, min(height, width)))
-  rows = np.clip((boxes[:, 0] + boxes[:, 1] - side) // 2, 0, height - side)
-  columns = np.clip((boxes[:, 2] + boxes[:, 3] - side) // 2, 0, width - side)
-  return np.stack([rows, rows + side, columns, columns + side], axis=-1)
 
 
 def summarize(report: Mapping) -> str:
@@ -207,14 +190,19 @@ def summarize(report: Mapping) -> str:
   return "\n".join(lines)
 
 
-def _distances(a: Float[np.ndarray, "h w 3"], b: Float[np.ndarray, "h w 3"]) -> Measures:
-  psnr, ssim = _compiled_distances(a, b)
-  return {"psnr_db": min(float(psnr), 100.0), "ssim": float(ssim)}
-
-
 @jax.jit
-def _compiled_distances(a, b):
-  return metrics.psnr(a, b), metrics.ssim(a, b)
+def _distances(a, b, rect):
+  """PSNR and SSIM of the whole pictures, then of the region, where SSIM still sees around it."""
+  r0, r1, c0, c1 = rect
+  rows, columns = jnp.arange(a.shape[0])[:, None], jnp.arange(a.shape[1])[None, :]
+  inside = (rows >= r0) & (rows < r1) & (columns >= c0) & (columns < c1)
+  alike = jnp.mean(losses.ssim_map(a, b), axis=-1)
+  return (
+    metrics.psnr(a, b),
+    metrics.ssim(a, b),
+    metrics.psnr(a, b, inside),
+    losses.mean_inside(alike, inside),
+  )
 
 
 def _perception(size: tuple[int, int]) -> tuple[Callable | None, str]:
