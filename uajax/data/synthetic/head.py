@@ -19,7 +19,8 @@ from uajax.data.synthetic.language import MOUTH_CONTROLS
 from uajax.data.synthetic.performance import AU_NAMES, Person
 
 SEMI_AXES = (0.075, 0.105, 0.090)
-MOUTH_Y = -0.058
+MOUTH_Y = -0.0595
+NOSE_Y = -0.035  # its base
 EYE_X, EYE_Y = 0.0315, 0.008
 BROW_Y = 0.0335
 JAW_AXIS = (-0.008, -0.005)  # y, z of the hinge
@@ -48,7 +49,7 @@ class Shape:
     u = rng.uniform(-1, 1, 8)
     return cls(
       1 + 0.035 * u[0], 1 + 0.06 * u[1], 1 + 0.12 * u[2], 1 + 0.12 * u[3], 1 + 0.15 * u[4],
-      0.0255 + 0.0015 * u[5], 0.011 + 0.003 * u[6], 0.064 + 0.005 * u[7],
+      0.0255 + 0.0015 * u[5], 0.0125 + 0.003 * u[6], 0.066 + 0.004 * u[7],
     )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def half_width(y, shape: Shape) -> np.ndarray:
 
 
 _WIDTH_Y = (-0.105, -0.095, -0.08, -0.06, -0.03, 0.0, 0.05, 0.105)
-_WIDTH = (0.98, 1.02, 1.06, 1.03, 0.985, 0.99, 1.02, 1.02)
+_WIDTH = (0.86, 0.90, 0.955, 0.97, 0.965, 0.98, 1.02, 1.03)
 _FRONT = (1.75, 1.62, 1.36, 1.12, 1.00, 0.985, 1.0, 0.95)
 
 
@@ -215,7 +216,7 @@ def _grid(shape: Shape) -> Grid:
 def mouth_curve(x, half: float) -> np.ndarray:
   """How far the resting mouth line lies above MOUTH_Y: a shallow bow."""
   t = np.clip(np.abs(x) / half, 0, 1.6)
-  return 0.0012 * np.cos(np.pi * t) * (t < 1) + -0.0012 * (t >= 1)
+  return 0.0016 * np.where(t < 1, t**2, 1) - 0.0004
 
 
 def lip_heights(x, half: float, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
@@ -231,13 +232,14 @@ def _sculpt(x, y, azimuth, half, shape) -> np.ndarray:
   side = np.abs(x)
   dz = np.zeros_like(x)
   # nose: a ridge whose height and width change along it, and its wings
+  n = y - NOSE_Y - 0.0385
   ridge = PchipInterpolator(
     (-0.047, -0.041, -0.0365, -0.031, -0.026, -0.015, 0.0, 0.016, 0.032),
     np.array((0.0, 0.004, 0.0165, 0.0215, 0.0205, 0.0155, 0.010, 0.0045, 0.0012)) * shape.nose,
   )
-  width = np.interp(y, (-0.04, -0.028, -0.012, 0.016), (0.0086, 0.0082, 0.0062, 0.0056)) * shape.nose_width
-  dz += np.where((y > -0.047) & (y < 0.032), ridge(np.clip(y, -0.047, 0.032)), 0) * np.exp(-0.5 * (x / width) ** 2)
-  dz += 0.0075 * _bump(side, y, 0.0125 * shape.nose_width, -0.0335, 0.0042, 0.0050)
+  width = np.interp(n, (-0.04, -0.028, -0.012, 0.016), (0.0086, 0.0082, 0.0062, 0.0056)) * shape.nose_width
+  dz += np.where((n > -0.047) & (n < 0.032), ridge(np.clip(n, -0.047, 0.032)), 0) * np.exp(-0.5 * (x / width) ** 2)
+  dz += 0.0075 * _bump(side, n, 0.0125 * shape.nose_width, -0.0335, 0.0042, 0.0050)
   # sockets, eyeballs under the lids, brows, temples, cheekbones, cheeks
   dz -= 0.0090 * _bump(side, y, EYE_X - 0.004, EYE_Y + 0.003, 0.0165, 0.0105)
   dz += 0.0062 * _bump(side, y, EYE_X, EYE_Y - 0.0005, 0.0105, 0.0082)
@@ -247,7 +249,7 @@ def _sculpt(x, y, azimuth, half, shape) -> np.ndarray:
   dz -= 0.0025 * _bump(side, y, 0.047, -0.052, 0.012, 0.016)
   # the mouth's barrel, the furrow from nose to lip, lips, the hollow below them, the chin
   dz += 0.0055 * _bump(x, y, 0, MOUTH_Y, 0.026, 0.017)
-  dz -= 0.0014 * _bump(x, y, 0, -0.0455, 0.0030, 0.0050)
+  dz -= 0.0014 * _bump(x, y, 0, 0.5 * (MOUTH_Y + NOSE_Y) + 0.001, 0.0030, 0.0050)
   up, down = lip_heights(x, half, shape)
   above = (y - MOUTH_Y) / np.maximum(up, 1e-4)
   under = (MOUTH_Y - y) / np.maximum(down, 1e-4)
@@ -256,26 +258,43 @@ def _sculpt(x, y, azimuth, half, shape) -> np.ndarray:
   swell_down = np.where(under > 0, np.exp(-0.5 * ((under - 0.5) / 0.40) ** 2), 0)
   dz += fullness * (0.0030 * swell_up + 0.0040 * swell_down)
   dz -= fullness * 0.0016 * np.exp(-0.5 * ((y - MOUTH_Y) / 0.0018) ** 2)
-  dz -= 0.0035 * _bump(x, y, 0, -0.0745, 0.020, 0.0045)
-  dz += 0.0050 * _bump(x, y, 0, -0.0900, 0.016, 0.0095)
+  dz -= 0.0035 * _bump(x, y, 0, MOUTH_Y - 0.0165, 0.020, 0.0045)
+  dz += 0.0050 * _bump(x, y, 0, -0.0915, 0.016, 0.0095)
   front = _step(0.0, 0.35, np.cos(azimuth))
   move = np.zeros((len(x), 3))
   move[:, 2] = dz * front
   near = np.exp(-0.5 * ((y - MOUTH_Y) / 0.010) ** 2) * front
   move[:, 1] = mouth_curve(x, half) * near * np.exp(-np.clip(side / half - 1, 0, None) * 4)
-  hair = hair_mask(x, y, azimuth, shape)
   outward = np.stack([np.sin(azimuth), 0.9 * y / SEMI_AXES[1], np.cos(azimuth)], axis=1)
-  strands = 1 + 0.10 * np.sin(23 * azimuth + 60 * y) + 0.07 * np.sin(41 * azimuth - 95 * y)
-  return move + outward * (hair * shape.hair_m * strands)[:, None]
+  return move + outward * _hair_bulk(y, azimuth, shape)[:, None]
 
 
-def hair_mask(x, y, azimuth, shape: Shape) -> np.ndarray:
-  """1 under hair, 0 on bare skin, soft between; higher on the forehead than on the temples."""
+def _above_hairline(azimuth, y, shape: Shape) -> np.ndarray:
+  """Metres above the hairline: swept from a parting, short before the ears."""
   turn = np.abs(azimuth)
-  part = 0.006 * np.sin(2.2 * (azimuth + 0.5)) + 0.0025 * np.sin(19 * azimuth) * _step(1.2, 0.6, turn)
-  line = shape.hairline_y + part - 0.030 * _step(0.55, 1.15, turn) - 0.042 * _step(1.12, 1.38, turn)
-  line = line - 0.05 * _step(1.5, 1.8, turn)
-  return _step(-0.002, 0.006, y - line)
+  sweep = 0.010 * np.exp(-0.5 * ((azimuth + 0.45) / 0.20) ** 2) - 0.006 * np.sin(1.6 * (azimuth - 0.1))
+  tufts = 0.0016 * np.sin(21 * azimuth) + 0.0011 * np.sin(47 * azimuth + 1.0)
+  line = shape.hairline_y + (sweep + tufts) * _step(1.15, 0.75, turn)
+  line = line - 0.020 * _step(0.45, 1.05, turn) - 0.052 * _step(1.06, 1.36, turn)
+  return y - (line - 0.018 * _step(1.48, 1.75, turn))
+
+
+def hair_mask(y, azimuth, shape: Shape) -> np.ndarray:
+  """1 under hair, 0 on bare skin, soft between."""
+  return _step(-0.002, 0.006, _above_hairline(azimuth, y, shape))
+
+
+def _hair_bulk(y, azimuth, shape: Shape) -> np.ndarray:
+  """How far hair stands off, in metres. It swells slowly from the hairline, since the mesh
+  is too coarse at the sides for a step."""
+  turn = np.abs(azimuth)
+  strands = 0.07 * np.sin(17 * azimuth + 60 * y) + 0.05 * np.sin(31 * azimuth - 95 * y)
+  strands = 1 + strands * _step(0.103, 0.085, y)
+  crown = 0.80 + 0.50 * _step(0.045, 0.095, y) - 0.35 * _step(0.8, 1.3, turn) * _step(0.06, 0.0, y)
+  parting = 1 - 0.22 * np.exp(-0.5 * ((azimuth + 0.50) / 0.09) ** 2) * _step(0.05, 0.07, y) * _step(0.103, 0.09, y)
+  sides = _step(0.8, 1.1, turn)
+  swell = _step(-0.002, 0.010 + 0.050 * sides, _above_hairline(azimuth, y, shape))
+  return shape.hair_m * strands * crown * parting * swell
 
 
 # --- parts ------------------------------------------------------------------------------------
@@ -347,16 +366,16 @@ def _line_lip(parts: _Parts, lip, half, sign):
 def _furnish_mouth(parts: _Parts):
   # a dark bag behind everything
   u, v = np.meshgrid(np.linspace(-1, 1, 9), np.linspace(-1, 1, 9), indexing="ij")
-  bag = np.stack([0.031 * u, -0.060 + 0.024 * v, 0.050 - 0.010 * (1 - u**2)], -1)
+  bag = np.stack([0.031 * u, MOUTH_Y - 0.002 + 0.024 * v, 0.050 - 0.010 * (1 - u**2)], -1)
   ids = parts.add(bag.reshape(-1, 3), color=(0.13, 0.035, 0.04), rigid=0.4)
   parts.quads(ids.reshape(9, 9), PLAIN, types.MOUTH)
-  _set_teeth(parts, top=-0.048, bottom=-0.0607, rigid=0.0, edge=-1)
-  _set_teeth(parts, top=-0.0605, bottom=-0.0715, rigid=1.0, edge=1)
+  _set_teeth(parts, top=MOUTH_Y + 0.0100, bottom=MOUTH_Y - 0.0027, rigid=0.0, edge=-1)
+  _set_teeth(parts, top=MOUTH_Y - 0.0025, bottom=MOUTH_Y - 0.0135, rigid=1.0, edge=1)
   # tongue: half an ellipsoid lying on the jaw
   u, v = np.meshgrid(np.linspace(-1, 1, 17), np.linspace(0, 1, 11), indexing="ij")
   angle = np.pi / 2 * u
   tongue = np.stack([
-    0.0185 * np.sin(angle), -0.0700 + 0.0065 * np.sin(np.pi * v) - 0.001 * u**2,
+    0.0185 * np.sin(angle), MOUTH_Y - 0.0095 + 0.0065 * np.sin(np.pi * v) - 0.001 * u**2,
     0.055 + 0.0215 * np.cos(angle) * np.sin(np.pi / 2 * (1 - v)) ** 0.7,
   ], -1)  # fmt: skip
   tint = np.array([0.60, 0.23, 0.23]) * (0.75 + 0.25 * np.cos(np.pi * u)[..., None] ** 2)
@@ -370,8 +389,8 @@ TEETH = -2.0  # `inner` of teeth vertices, which tells them from gums and tongue
 def _set_teeth(parts: _Parts, top, bottom, rigid, edge):
   """A row of teeth along an arch; `edge` is the side (-1 below, 1 above) where they bite."""
   s, h = np.meshgrid(np.linspace(-1, 1, 73), np.linspace(0, 1, 9), indexing="ij")
-  x = 0.0235 * s
-  phase = np.abs(np.mod(s * 5.0 + 0.5, 1) - 0.5) * 2  # 0 at the middle of a tooth, 1 between two
+  x = 0.0265 * s
+  phase = np.abs(np.mod(s * 5.5 + 0.5, 1) - 0.5) * 2  # 0 at the middle of a tooth, 1 between two
   bite = h if edge < 0 else 1 - h  # 1 at the biting edge
   y = top + (bottom - top) * h - edge * 0.0009 * (phase**4) * bite
   z = 0.0815 - 14.0 * x**2 - 0.0006 * phase**4 - (0.0022 if edge > 0 else 0)
@@ -422,6 +441,7 @@ def _motions(head: Head, half: float) -> dict:
   lip = np.clip(1 - (x / (1.15 * half)) ** 2, 0, 1)
   near = np.exp(-0.5 * ((y - MOUTH_Y) / 0.0085) ** 2) * front
   corner = _bump(side, y, half, MOUTH_Y, 0.014, 0.015) * front
+  smile = _bump(np.hypot(x, 0.009), y, half, MOUTH_Y, 0.0165, 0.016) * front  # no kink amid
   sign = np.sign(x) * np.clip(side / 0.006, 0, 1)
   lift = np.where(lower, -1.0, 1.0)
   brow_in = _bump(side, y, 0.017, BROW_Y + 0.004, 0.011, 0.014) * front
@@ -453,8 +473,8 @@ def _motions(head: Head, half: float) -> dict:
     "AU06": field(dy=0.0042 * cheek, dz=0.0050 * cheek),
     "AU07": field(dy=-0.0008 * brow),
     "AU12": field(
-      sign * 0.0085 * pull,
-      0.0085 * corner + 0.0030 * cheek + np.where(lower, 0.0, 0.0016) * lip * near,
+      sign * 0.0080 * pull,
+      0.0108 * smile + 0.0030 * cheek + np.where(lower, -0.0006, 0.0008) * lip * near,
       -0.0050 * corner + 0.0035 * cheek - 0.0014 * lip * near,
     ),
     "AU15": field(sign * 0.0010 * corner, -0.0080 * corner, -0.0010 * corner),

@@ -16,7 +16,7 @@ from uajax.data.synthetic.performance import Person
 
 _TEXELS = (720, 560)
 
-_SKINS = ((0.90, 0.71, 0.60), (0.84, 0.63, 0.50), (0.74, 0.53, 0.41), (0.55, 0.37, 0.28))
+_SKINS = ((0.90, 0.73, 0.63), (0.84, 0.63, 0.50), (0.74, 0.53, 0.41), (0.55, 0.37, 0.28))
 _HAIRS = ((0.22, 0.14, 0.09), (0.10, 0.08, 0.07), (0.43, 0.28, 0.15), (0.33, 0.15, 0.08))
 _IRISES = ((0.30, 0.42, 0.52), (0.33, 0.22, 0.13), (0.32, 0.40, 0.27), (0.24, 0.16, 0.10))
 _SHIRTS = ((0.19, 0.29, 0.42), (0.40, 0.20, 0.22), (0.22, 0.35, 0.30), (0.30, 0.30, 0.34))
@@ -76,21 +76,22 @@ def skin_texture(person: Person, grid: Grid, shape: Shape, half: float) -> Float
     tone[:] = tone * (1 - weight) + np.asarray(color) * weight
 
   bump = lambda *a: heads._bump(side, y, *a)  # noqa: E731
+  nose = heads.NOSE_Y
   rosy = look.skin * np.array([1.0, 0.80, 0.78])
-  tint(bump(0.044, -0.024, 0.015, 0.014), rosy, 0.55)
-  tint(bump(0.0, -0.031, 0.010, 0.009), rosy, 0.45)
+  tint(bump(0.044, -0.024, 0.015, 0.014), rosy, 0.40)
+  tint(bump(0.0, nose + 0.0085, 0.010, 0.009), rosy, 0.35)
   tint(bump(0.0, -0.092, 0.014, 0.009), rosy, 0.25)
   shade = look.skin * np.array([0.72, 0.62, 0.60])
   tint(bump(EYE_X - 0.002, EYE_Y + 0.009, 0.018, 0.0065), shade, 0.42)  # sockets
   tint(bump(EYE_X, EYE_Y - 0.011, 0.015, 0.004), shade, 0.22)
   tint(bump(0.0115, 0.010, 0.0045, 0.013), shade, 0.40)  # sides of the nose's root
-  tint(bump(0.0145 * shape.nose_width, -0.019, 0.004, 0.010), shade, 0.16)
-  tint(bump(0.0, -0.0425, 0.014, 0.0026), shade, 0.60)  # under the nose
-  tint(bump(0.0, -0.0475, 0.0026, 0.0045), shade, 0.22)
-  tint(bump(0.0, -0.0745, 0.015, 0.0038), shade, 0.50)  # under the lower lip
-  tint(bump(0.0180 * shape.nose_width, -0.0335, 0.0014, 0.006), shade, 0.45)  # wings
-  nostril = bump(0.0068 * shape.nose_width, -0.0395, 0.0030, 0.0017)
-  tint(heads._step(0.35, 0.75, nostril), look.skin * np.array([0.34, 0.22, 0.22]), 0.85)
+  tint(bump(0.0145 * shape.nose_width, nose + 0.020, 0.004, 0.010), shade, 0.16)
+  tint(bump(0.0, nose - 0.0030, 0.013, 0.0024), shade, 0.50)  # under the nose
+  tint(bump(0.0, nose - 0.0090, 0.0026, 0.0045), shade, 0.22)
+  tint(bump(0.0, heads.MOUTH_Y - 0.0155, 0.015, 0.0036), shade, 0.42)  # under the lower lip
+  tint(bump(0.0180 * shape.nose_width, nose + 0.005, 0.0014, 0.005), shade, 0.35)  # wings
+  nostril = bump(0.0068 * shape.nose_width, nose - 0.0008, 0.0030, 0.0015)
+  tint(heads._step(0.35, 0.75, nostril), look.skin * np.array([0.45, 0.30, 0.28]), 0.80)
   tint(heads._step(-0.092, -0.104, y) * front, shade, 0.55)  # beneath the chin
   tint(heads._step(0.9, 1.3, np.abs(azimuth)), shade, 0.30)  # towards the ears
 
@@ -113,11 +114,12 @@ def skin_texture(person: Person, grid: Grid, shape: Shape, half: float) -> Float
   strands = 0.86 + 0.14 * np.clip(_noise(rng, _TEXELS, (60, 260)), -1.5, 1.5)
   tint(brow * strands, look.hair * 0.95 + 0.02, 0.90)
 
-  hair = heads.hair_mask(x, y, azimuth, shape)
+  hair = heads.hair_mask(y, azimuth, shape)
   flow = _noise(rng, _TEXELS, (14, 210)) + 0.6 * _noise(rng, _TEXELS, (30, 420))
   sheen = np.exp(-0.5 * ((y - 0.078 - 0.006 * np.sin(3 * azimuth)) / 0.010) ** 2)
   strand = look.hair * (1 + 0.16 * np.clip(flow, -2, 2) + 0.55 * sheen * np.clip(0.7 + 0.4 * flow, 0, 2))[..., None]
-  edge = np.clip(hair + 0.16 * flow * (hair > 0.02) * (hair < 0.98), 0, 1)
+  rough = 0.14 * heads._step(1.1, 0.8, np.abs(azimuth))  # a hairline seen end on would look sawn
+  edge = np.clip(hair + rough * flow * (hair > 0.02) * (hair < 0.98), 0, 1)
   tone[:] = tone * (1 - edge[..., None]) + strand * edge[..., None]
   return np.concatenate([np.clip(tone, 0, 1), hair[..., None]], axis=-1)
 
@@ -131,7 +133,7 @@ def lid_lines(u, blink, au05, au07, au06):
   """Heights above EYE_Y of the upper and the lower lid's edge at u in -1..1 across the eye."""
   u = np.clip(u, -1, 1)
   lower = -0.0046 * (1 - u**2) * (1 - 0.38 * au07 / 5 - 0.30 * au06 / 5)
-  full = 0.0072 * (1 - np.abs(u) ** 2.3) * (1 + 0.42 * au05 / 5 - 0.30 * au07 / 5)
+  full = 0.0066 * (1 - np.abs(u) ** 2.3) * (1 + 0.50 * au05 / 5 - 0.30 * au07 / 5)
   shut = lower * 0.8  # the upper lid comes down to the lower
   return shut + (full - shut) * (1 - blink), lower
 
@@ -191,7 +193,7 @@ def draw_eyes(
   lay(within * np.exp(-0.5 * ((y - upper - 0.0003) / lash) ** 2) * 0.92, (0.10, 0.07, 0.06))
   lay(within * np.exp(-0.5 * ((y - lower + 0.0003) / 0.0006) ** 2) * 0.42, look.skin * np.array([0.55, 0.36, 0.34]))
   tone[near] = t
-  gloss[near] = opening
+  gloss[near] = -opening  # the spark is painted: none besides
   return gloss
 
 
@@ -214,10 +216,10 @@ def draw_folds(tone, xy, look: Palette, au: dict[str, float], half: float) -> No
     carve(np.exp(-0.5 * ((side - 0.0052) / 0.0011) ** 2) * np.exp(-0.5 * ((y - 0.031) / 0.006) ** 2), 0.75 * frown)
   laugh = max(au["AU12"], 0.5 * au["AU06"]) / 5
   if laugh > 0.02:
-    along = np.clip((-0.034 - y) / 0.030, -0.2, 1.2)
+    along = np.clip((heads.NOSE_Y + 0.004 - y) / 0.030, -0.2, 1.2)
     course = 0.0205 + (half + 0.0085 - 0.0205) * np.clip(along, 0, 1) ** 0.8
     ends = heads._step(-0.10, 0.15, along) * heads._step(1.1, 0.75, along)
-    carve(np.exp(-0.5 * ((side - course) / 0.0015) ** 2) * ends, 0.70 * laugh)
+    carve(np.exp(-0.5 * ((side - course) / 0.0024) ** 2) * ends, 0.48 * laugh)
 
 
 # --- the room ---------------------------------------------------------------------------------

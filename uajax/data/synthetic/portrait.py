@@ -72,34 +72,45 @@ def render_frames(
   )  # fmt: skip
 
 
-def mouth_opening(image, landmarks: Float[np.ndarray, "68 2"]) -> float:
+def mouth_opening(image, lips) -> float:
   """Height in pixels of the open mouth as the picture shows it.
 
-  Counts, in the middle columns of the lips' box (landmarks 48..59), how much of each pixel is
-  too dark to be lip (the mouth's inside) or too pale (teeth), against the person's own lip
-  and skin tones around. Works on any picture whose mouth lies there: a rendering and its
-  truth are measured with the same landmarks. Soft, so that blur does not bias it much.
+  Counts, in the middle third of the lips' square, how much of each pixel is too dark to be lip
+  (the mouth's inside) or too pale (teeth), against the brightness of the skin around. Works on
+  any picture whose mouth lies there: a rendering and its truth are measured with the same
+  square. Soft, so that blur biases it little; a closed mouth reads about a pixel for the
+  shadow between the lips.
 
   Args:
     image: uint8 0..255 or float 0..1, [h w 3].
-    landmarks: of the true frame; only 48..59 are read.
+    lips: rows r0:r1 and columns c0:c1 of the square about the lips of the true frame
+      (types.Frame.lips), or its 68 landmarks, [68 2].
   """
-  picture = np.asarray(image, float) / (255.0 if np.asarray(image).dtype == np.uint8 else 1.0)
-  lips = landmarks[48:60]
-  left, right = lips[:, 0].min(), lips[:, 0].max()
-  top, bottom = lips[:, 1].min(), lips[:, 1].max()
-  wide = right - left
-  c0, c1 = round(left + 0.33 * wide), round(right - 0.33 * wide)
-  r0, r1 = int(np.floor(top)), int(np.ceil(bottom + 0.06 * wide))
-  box = picture[max(r0, 0) : r1, max(c0, 0) : max(c1, c0 + 1)]
+  picture = np.asarray(image)
+  picture = picture / 255.0 if picture.dtype == np.uint8 else picture.astype(float)
+  r0, r1, c0, c1 = lip_square(lips) if np.ndim(lips) == 2 else np.asarray(lips)
+  height, width = picture.shape[:2]
+  middle, reach, across = 0.5 * (r0 + r1), 0.5 * (r1 - r0), c1 - c0
+  top, bottom = round(middle - 0.58 * reach), round(middle + 0.66 * reach)
+  left, right = round(c0 + across / 3), round(c1 - across / 3)
+  square = picture[max(r0, 0) : min(r1, height), max(c0, 0) : min(c1, width)]
+  box = picture[max(top, 0) : min(bottom, height), max(left, 0) : min(max(right, left + 1), width)]
   if not box.size:
     return 0.0
+  skin = np.percentile(square.max(axis=-1), 80)
   value = box.max(axis=-1)
   redness = (box[..., 0] - box[..., 2]) / np.maximum(value, 1e-3)
-  skin = picture[max(r0 - 3, 0) : max(r0, 1), max(c0, 0) : max(c1, c0 + 1)].max(axis=-1).mean()
   dark = np.clip((0.62 * skin - value) / (0.25 * skin), 0, 1)
   pale = np.clip((0.26 - redness) / 0.10, 0, 1)
   return float(np.maximum(dark, pale).sum(axis=0).mean())
+
+
+def lip_square(landmarks: Float[np.ndarray, "68 2"]) -> np.ndarray:
+  """Rows r0:r1 and columns c0:c1 about landmarks 48..59, method.md D.1 "Lips"."""
+  low, high = landmarks[48:60].min(axis=0).astype(int), landmarks[48:60].max(axis=0).astype(int)
+  half = max(high - low) // 2
+  x, y = (low + high) // 2
+  return np.array([y - half, y + half, x - half, x + half])
 
 
 # --- the stage --------------------------------------------------------------------------------
@@ -274,12 +285,12 @@ def _torso(look):
 
   heights = (-0.05, -0.09, -0.125, -0.145, -0.17, -0.20)
   neck = stack(
-    np.linspace(-0.05, -0.20, 60), (heights, (0.050, 0.048, 0.048, 0.053, 0.075, 0.110)),
+    np.linspace(-0.05, -0.20, 60), (heights, (0.046, 0.044, 0.045, 0.053, 0.072, 0.110)),
     (heights, (0.050, 0.048, 0.047, 0.049, 0.056, 0.062)), (heights, (-0.022, -0.022, -0.02, -0.018, -0.016, -0.016)),
   )  # fmt: skip
   heights = (-0.138, -0.146, -0.156, -0.172, -0.192, -0.22, -0.34)
   shirt = stack(
-    np.linspace(-0.138, -0.34, 90), (heights, (0.057, 0.078, 0.108, 0.148, 0.180, 0.200, 0.215)),
+    np.linspace(-0.138, -0.34, 90), (heights, (0.046, 0.072, 0.106, 0.148, 0.180, 0.200, 0.215)),
     (heights, (0.056, 0.060, 0.066, 0.074, 0.084, 0.098, 0.125)), (heights, (-0.018,) * 7),
   )  # fmt: skip
   # the collar dips in front
@@ -315,8 +326,8 @@ def _marks(head, half):
   t = np.linspace(0.98, 0.03, 5)
   brow = np.stack([0.0125 + 0.036 * t, heads.BROW_Y + 0.0045 * np.sin(np.pi * (0.15 + 0.75 * t)) - 0.0015], 1)
   brows = np.concatenate([brow * [-1, 1], brow[::-1]])
-  nose = np.stack([np.zeros(4), np.linspace(0.013, -0.0285, 4)], 1)
-  base = np.stack([np.linspace(-1, 1, 5) * 0.0125, -0.0385 - 0.0015 * np.array([0, 0.7, 1, 0.7, 0])], 1)
+  nose = np.stack([np.zeros(4), np.linspace(0.013, heads.NOSE_Y + 0.0100, 4)], 1)
+  base = np.stack([np.linspace(-1, 1, 5) * 0.0125, heads.NOSE_Y - 0.0015 * np.array([0, 0.7, 1, 0.7, 0])], 1)
   eyes = np.zeros((12, 2))
   at = np.array([-1, -0.62, -0.2, 0.2, 0.62, 1]) * 1.0
   lips = []
