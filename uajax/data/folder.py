@@ -39,6 +39,21 @@ Audio = Literal["mel", "deepspeech", "hubert"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 WINDOWS = {"mel": "aud_mel.npy", "deepspeech": "aud_ds.npy", "hubert": "aud_hu.npy"}
+SHAPES = {"mel": (16, 80), "deepspeech": (16, 29), "hubert": (2, 1024)}  # w d of a window
+_PRIOR_WIDTHS = (types.EXPRESSION, types.EXPRESSION, types.EMOTION)
+
+
+def _prior_files(split: Split) -> tuple[str, str, str]:
+  """f_exp, f_tone, emotion (method.md A.5)."""
+  return f"{split}_auds_exp", f"{split}_audiostyle", f"mser_emotion_{split}"
+
+
+# Every file beside the folders of pictures that what is read can depend on.
+TABLES = frozenset((
+  *("bc.jpg", "au.csv", "aud.wav", "aud.npy", *WINDOWS.values()),
+  *(f"transforms_{split}.json" for split in SPLITS),
+  *(f"{stem}{end}" for split in SPLITS for stem in _prior_files(split) for end in (".npz", ".pth")),
+))
 # Colours of parsing/<i>.png, read as RGB. All others are background.
 COLOURS = {
   types.BACKGROUND: (255, 255, 255),
@@ -216,7 +231,7 @@ def read_windows(path: str | os.PathLike, audio: Audio = "mel") -> Float32[np.nd
   else:
     _require(file, "run `uajax preprocess`, or choose another of " + ", ".join(WINDOWS))
     windows = _array(file)
-  shape = {"mel": (16, 80), "deepspeech": (16, 29), "hubert": (2, 1024)}[audio]
+  shape = SHAPES[audio]
   if windows.ndim != 3 or windows.shape[1:] != shape or not len(windows):
     raise UserError(
       f"{file} has the shape {windows.shape}, not [frames, {shape[0]}, {shape[1]}]: "
@@ -233,6 +248,14 @@ def neighbours(
   padded = np.pad(np.asarray(windows, np.float32), ((half, half), (0, 0), (0, 0)))
   around = padded[np.asarray(ids)[:, None] + np.arange(types.NEIGHBOURS)[None, :]]
   return np.ascontiguousarray(around.swapaxes(2, 3))
+
+
+def require_priors(path: str | os.PathLike, split: Split) -> None:
+  """Raises UserError where a file of f_exp, f_tone or emotion lacks."""
+  path = pathlib.Path(path)
+  lacking = [stem for stem in _prior_files(split) if _prior_file(path, stem) is None]
+  if path.is_dir() and lacking:
+    raise UserError(f"{path} lacks {', '.join(lacking)} (.npz or .pth): run `uajax extract {path}`")
 
 
 def frame_ids(path: str | os.PathLike, split: Split) -> Int[np.ndarray, " f"]:
@@ -500,21 +523,19 @@ def write_features(
 
 # Reading, piece by piece
 
-_PRIOR_WIDTHS = (types.EXPRESSION, types.EXPRESSION, types.EMOTION)
 
-
-def _prior_files(split: Split) -> tuple[str, str, str]:
-  """f_exp, f_tone, emotion (method.md A.5)."""
-  return f"{split}_auds_exp", f"{split}_audiostyle", f"mser_emotion_{split}"
+def _prior_file(path: pathlib.Path, stem: str) -> pathlib.Path | None:
+  files = (path / f"{stem}{end}" for end in (".npz", ".pth"))
+  return next((file for file in files if file.exists()), None)
 
 
 def _priors(path, split, positions, allow_missing) -> list[np.ndarray]:
-  tables, lacking = [], []
+  if not allow_missing:
+    require_priors(path, split)
+  tables = []
   for stem, width in zip(_prior_files(split), _PRIOR_WIDTHS, strict=True):
-    file = next((path / f"{stem}{e}" for e in (".npz", ".pth") if (path / f"{stem}{e}").exists()),
-                None)
+    file = _prior_file(path, stem)
     if file is None:
-      lacking.append(stem)
       tables.append(np.zeros((len(positions), width), np.float32))
       continue
     table = _prior(file, width)
@@ -524,8 +545,6 @@ def _priors(path, split, positions, allow_missing) -> list[np.ndarray]:
         f"transforms_{split}.json: run `uajax extract {path}`"
       )
     tables.append(table[positions])
-  if lacking and not allow_missing:
-    raise UserError(f"{path} lacks {', '.join(lacking)} (.npz or .pth): run `uajax extract {path}`")
   return tables
 
 

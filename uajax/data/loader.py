@@ -10,6 +10,7 @@ from typing import Literal
 
 from uajax import types
 from uajax.data import folder
+from uajax.errors import UserError
 
 Store = Literal["auto", "folder", "tfds"]
 
@@ -37,13 +38,16 @@ def load(
     UserError: the folder lacks or mismatches something.
   """
   settings = {"audio": audio, "allow_missing_priors": allow_missing_priors}
-  if source == "auto":
-    source = "tfds" if _records_possible(path) else "folder"
-  if source == "folder":
+  if source == "folder" or not _packs(path, source):
     return folder.read(path, split, **settings)
   from uajax.data import subject
 
-  return subject.read(path, split, **settings)
+  try:
+    return subject.read(path, split, **settings)
+  except UserError:
+    if source == "tfds":
+      raise
+    return folder.read(path, split, **settings)  # fails again if it is the folder's fault
 
 
 def open_source(
@@ -56,11 +60,16 @@ def open_source(
 ) -> Sequence[types.Frame]:
   """The same frames one at a time, for subjects larger than memory. Arguments as `load`."""
   settings = {"audio": audio, "allow_missing_priors": allow_missing_priors}
-  if source == "folder" or (source == "auto" and not _records_possible(path)):
+  if source == "folder" or not _packs(path, source):
     return folder.Source(path, split, **settings)
   from uajax.data import subject
 
-  return subject.Source(path, split, **settings)
+  try:
+    return subject.Source(path, split, **settings)
+  except UserError:
+    if source == "tfds":
+      raise
+    return folder.Source(path, split, **settings)
 
 
 def batches(
@@ -94,7 +103,10 @@ def batches(
   return iter(data[start_step:].to_iter_dataset(options))
 
 
-def _records_possible(path: str | os.PathLike) -> bool:
-  if not all(importlib.util.find_spec(n) for n in ("tensorflow_datasets", "array_record", "uajax.data.subject")):
-    return False
-  return os.access(path, os.W_OK)
+def _packs(path: str | os.PathLike, source: Store) -> bool:
+  """Whether records can be written and read here."""
+  needs = ("tensorflow_datasets", "array_record", "importlib_resources")
+  lacking = [name for name in needs if importlib.util.find_spec(name) is None]
+  if source == "tfds" and lacking:
+    raise UserError(f"source=tfds wants {', '.join(lacking)}: install it, or use source=folder")
+  return not lacking and (source == "tfds" or os.access(path, os.W_OK))

@@ -1,0 +1,253 @@
+"""A subject's frames as a TensorFlow Datasets builder over ArrayRecord files, without TensorFlow.
+
+One record a frame: the pictures as they were encoded (or PNG, without loss) and all numbers.
+Random access reads a frame in one go instead of five files. The records are a cache beside the
+folder, made again when a file of it changes; what is read is equal to `folder.read` bit for bit.
+
+Axes: f frames of a split, h w pixels.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+
+import absl.logging
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from uajax import types
+from uajax.data import folder
+from uajax.errors import UserError
+from uajax.progress import Progress
+
+_CACHE = ".tfds"  # in the subject's folder
+_PICTURES = ("image", "torso", "classes")  # encoded: JPEG, PNG (empty without), PNG
+
+
+@dataclasses.dataclass(eq=False)
+class Config(tfds.core.BuilderConfig):
+  """Which folder and which audio windows. The name holds a fingerprint of both."""
+
+  subject: str = ""
+  audio: folder.Audio = "mel"
+
+
+class Subject(tfds.core.GeneratorBasedBuilder):
+  """One talking person, frame by frame, in the splits train and val."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES = {"1.0.0": "First."}
+
+  builder_config: Config
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    steps, channels = folder.SHAPES[self.builder_config.audio]
+    shapes = {
+      "viewmat": (4, 4),
+      "K": (3, 3),
+      "audio": (types.NEIGHBOURS, channels, steps),
+      "action_units": (len(types.ACTION_UNITS),),
+      "f_exp": (types.EXPRESSION,),
+      "f_tone": (types.EXPRESSION,),
+      "emotion": (types.EMOTION,),
+    }
+    # As bytes: lists of numbers are slow to parse.
+    tensor = lambda shape, kind: tfds.features.Tensor(shape=shape, dtype=kind, encoding="bytes")
+    features = {
+      **{name: tfds.features.Scalar(np.object_) for name in _PICTURES},
+      **{name: tensor(shape, np.float32) for name, shape in shapes.items()},
+      "lips": tensor((4,), np.int32),
+      **{name: tfds.features.Scalar(np.float32) for name in types.Guide._fields},
+      "id": tfds.features.Scalar(np.int32),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="A talking person in the layout of TalkingGaussian and UA-3DTalk.",
+      features=tfds.features.FeaturesDict(features),
+      metadata=tfds.core.MetadataDict(),  # filled when the records are written, else read
+      disable_shuffling=True,  # the order of the transforms files
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing is downloaded
+    where, audio = self.builder_config.subject, self.builder_config.audio
+    sources = {
+      split: folder.Source(where, split, audio=audio, allow_missing_priors=True)
+      for split in folder.SPLITS
+    }
+    plate = (pathlib.Path(where) / "bc.jpg").read_bytes()
+    self.info.metadata["plate"] = base64.b64encode(plate).decode()
+    # Columns that are wanted of all frames at once lie here too, to be had without a scan.
+    self.info.metadata["columns"] = {
+      split: {n: c.tolist() for n, c in (*source.guide._asdict().items(), ("id", source.ids))}
+      for split, source in sources.items()
+    }
+    return {split: self._generate_examples(source) for split, source in sources.items()}
+
+  def _generate_examples(self, source):
+    progress = Progress(f"pack {source.split}", len(source))
+    for i, number in enumerate(source.ids):
+      torso = source.path / "torso_imgs" / f"{number}.png"
+      _, _, classes = source.pictures(i)  # decodes all, so that nothing damaged goes in
+      yield i, {
+        "image": (source.path / "gt_imgs" / f"{number}.jpg").read_bytes(),
+        "torso": torso.read_bytes() if torso.exists() else b"",
+        "classes": _png(classes),
+        **_numbers(source, i),
+      }
+      progress.advance()
+    progress.close()
+
+
+class Source(Sequence):
+  """A split out of the records: `source[i]` reads and decodes one `types.Frame`.
+
+  Attributes as those of `folder.Source`: ids int [f], guide, height, width.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    split: folder.Split = "train",
+    *,
+    audio: folder.Audio = "mel",
+    allow_missing_priors: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+  ):
+    """Prepares the records where need be. Raises UserError as `folder.Source`."""
+    if not allow_missing_priors:
+      folder.require_priors(path, split)
+    self._builder = prepare(path, cache_dir, audio=audio)
+    with _quiet():
+      self._records = self._builder.as_data_source(split=split)
+    metadata = self._builder.info.metadata
+    columns = metadata["columns"][split]
+    self.ids = np.asarray(columns["id"], np.int32)
+    self.guide = types.Guide(*(np.asarray(columns[n], np.float32) for n in types.Guide._fields))
+    self._plate = _decode(base64.b64decode(metadata["plate"]), "RGB")
+    self.height, self.width = self._plate.shape[:2]
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> types.Frame:
+    record = self._records[index]
+    torso = record["torso"]
+    background = folder.over(_decode(torso, "RGBA"), self._plate) if torso else self._plate
+    return types.Frame(
+      _decode(record["image"], "RGB"),
+      background,
+      _decode(record["classes"], "L"),
+      types.Camera(record["viewmat"], record["K"]),
+      types.Controls(*(record[name] for name in types.Controls._fields)),
+      record["lips"],
+    )
+
+
+def read(
+  path: str | os.PathLike,
+  split: folder.Split = "train",
+  *,
+  audio: folder.Audio = "mel",
+  allow_missing_priors: bool = False,
+  cache_dir: str | os.PathLike | None = None,
+) -> types.Clip:
+  """A whole split in memory, out of the records; as `folder.read`."""
+  source = Source(
+    path, split, audio=audio, allow_missing_priors=allow_missing_priors, cache_dir=cache_dir
+  )
+  return folder.stack(source, source.guide, source.ids, workers=os.cpu_count() or 1)
+
+
+def prepare(
+  path: str | os.PathLike,
+  cache_dir: str | os.PathLike | None = None,
+  *,
+  audio: folder.Audio = "mel",
+) -> Subject:
+  """The builder of a subject with its records written: those at hand if nothing has changed.
+
+  They appear whole or not at all; those of an earlier state of the folder are removed then.
+  Nothing is looked up or fetched over a network.
+
+  Args:
+    path: the subject's folder.
+    cache_dir: where the records go (default: the folder `.tfds` in the subject's).
+    audio: which audio windows the records hold.
+
+  Raises:
+    UserError: the folder lacks or mismatches something, or the records cannot be written.
+  """
+  path = pathlib.Path(path).resolve()
+  name = f"{audio}_{_fingerprint(path, audio)}"
+  cache_dir = pathlib.Path(cache_dir or path / _CACHE)
+  config = Config(name=name, version=Subject.VERSION, subject=str(path), audio=audio)
+  try:
+    with _quiet():
+      builder = Subject(data_dir=str(cache_dir), config=config, file_format="array_record")
+      builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+      )
+  except OSError as error:
+    raise UserError(
+      f"{cache_dir} cannot take the records of {path} ({error.strerror or error}): "
+      "free some space there, or read with source=folder"
+    ) from error
+  for other in (cache_dir / builder.name).glob(f"{audio}_*"):
+    if other.name.partition(".")[0] != name:
+      shutil.rmtree(other, ignore_errors=True)
+  return builder
+
+
+def _numbers(source: folder.Source, index: int) -> dict[str, np.ndarray]:
+  camera, controls, lips = source.numbers(index)
+  guide = {name: column[index] for name, column in source.guide._asdict().items()}
+  numbers = {**camera._asdict(), **controls._asdict(), "lips": lips, **guide}
+  return {**numbers, "id": source.ids[index]}
+
+
+def _fingerprint(path: pathlib.Path, audio: folder.Audio) -> str:
+  """Changes with any file that the reader looks at: names, sizes and times of change."""
+  if not path.is_dir():
+    raise UserError(f"{path} is not a folder: make a subject's folder with `uajax preprocess`")
+  digest = hashlib.sha256(f"{audio} {path}".encode())
+  for kind in ("", "gt_imgs", "torso_imgs", "parsing", "teeth_mask", "ori_imgs"):
+    if not (path / kind).is_dir():
+      continue
+    with os.scandir(path / kind) as entries:
+      for entry in sorted(entries, key=lambda entry: entry.name):
+        if entry.is_file() and (kind or entry.name in folder.TABLES):
+          state = entry.stat()
+          digest.update(f"{kind}/{entry.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+  return digest.hexdigest()[:16]
+
+
+def _png(picture: np.ndarray) -> bytes:
+  out = io.BytesIO()
+  PIL.Image.fromarray(picture).save(out, "PNG", compress_level=1)
+  return out.getvalue()
+
+
+def _decode(encoded: bytes, mode: str) -> np.ndarray:
+  with PIL.Image.open(io.BytesIO(encoded)) as image:
+    return np.array(image if image.mode == mode else image.convert(mode))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """TFDS prints banners, warns of custom configurations and draws bars of its own."""
+  before = absl.logging.get_verbosity()
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    absl.logging.set_verbosity(before)
