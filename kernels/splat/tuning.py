@@ -26,9 +26,9 @@ class Config:
 
 # Platform and implementation: settings.
 TUNED = {
-    ("cpu", "xla"): Config(tile=8, block=32, group=256),
+    ("cpu", "xla"): Config(tile=8, block=32, group=64),
     ("cpu", "pallas"): Config(tile=16, backend="interpret"),
-    ("gpu", "xla"): Config(tile=16, block=32, group=4096),
+    ("gpu", "xla"): Config(tile=16, block=32, group=2048),
     ("gpu", "pallas"): Config(tile=16, backend="mosaic"),
 }
 DEFAULT = {"gpu": "pallas"}  # elsewhere "xla"

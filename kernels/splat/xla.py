@@ -8,6 +8,10 @@ many tiles with few, and working memory is bounded by the group, not by the scen
 Both passes go front to back: what lies behind a splat is all that the pixel shows less what
 the splats up to it have shown.
 
+What a CPU likes shaped the code: exponentials of a whole group in one sweep, sums over splats
+and over pixels as products of matrices, and between them one loop over a block's splats that
+does as little as can be.
+
 Axes: r splats of all cameras, t tiles of all cameras, p pairs, b blocks, g blocks of one group,
 k splats of one block, m channels, s pixels of a tile.
 """
@@ -70,19 +74,18 @@ def _forward(shapes, values, bins, attached, tiles, config):
     here = _take(blocks, i, config.group)
     shape, value = _gather(padded, bins, here, config.block)
     x0, y0 = (z[here.tile] for z in corner)
-    clear = _clear(shape, x0, y0, tiles.side)  # g s: light that the block lets through
+    alpha = _alpha(shape, x0, y0, tiles.side)
+    clear = lax.fori_loop(0, config.block, lambda k, light: light * (1 - alpha[:, k]),
+                          jnp.ones((config.group, s), values.dtype))
     enter, carry = _enter(clear, here, i * config.group, carry)
 
-    def blend(state, row):
-      raw, total = state
-      shape, value = row
-      alpha, _ = _alpha(shape, x0, y0, tiles.side)
-      left = raw * (1 - alpha)
-      share = jnp.where(left >= OPAQUE, alpha * raw, 0)
-      return (left, total + value[:, :, None] * share[:, None, :]), None
+    def blend(k, state):
+      raw, share = state
+      raw, now = _share(alpha[:, k], raw)
+      return raw, lax.dynamic_update_index_in_dim(share, now, k, 1)
 
-    (_, total), _ = lax.scan(blend, (enter, jnp.zeros((config.group, m, s), values.dtype)),
-                             (shape, value))
+    _, share = lax.fori_loop(0, config.block, blend, (enter, jnp.zeros_like(alpha)))
+    total = jnp.einsum("gks,gkm->gms", share, value, precision="highest")
     light = lax.dynamic_update_slice(light, enter, (i * config.group, 0))
     shown = lax.dynamic_update_slice(shown, total, (i * config.group, 0, 0))
     return i + 1, light, shown, carry
@@ -122,24 +125,26 @@ def _backward(attached, tiles, config, residuals, d_total):
         lax.dynamic_slice_in_dim(z, i * config.group, config.group) for z in
         (light, behind, d_shown))
 
-    def unblend(state, row):
-      raw, behind = state
-      shape, value = row
-      alpha, follows = _alpha(shape, x0, y0, side)
-      left = raw * (1 - alpha)
-      open_ = left >= OPAQUE
-      share = jnp.where(open_, alpha * raw, 0)
-      weight = jnp.sum((value * mask[None])[:, :, None] * d_here, 1)
-      behind = behind - weight * share
-      d_power = jnp.where(open_ & follows, weight * share - behind * alpha / (1 - alpha), 0)
-      return (left, behind), (share, d_power)
+    alpha = _alpha(shape, x0, y0, side)
+    weight = jnp.einsum("gkm,gms->gks", value * mask[None, None], d_here, precision="highest")
 
-    _, (share, d_power) = lax.scan(unblend, (enter, behind_here), (shape, value))
-    d_value = jnp.einsum("kgs,gms->kgm", share, d_here, precision="highest")
-    sums = jnp.einsum("kgs,sq->kgq", d_power, basis, precision="highest")
+    def unblend(k, state):
+      raw, behind, share, d_power = state
+      raw, now = _share(alpha[:, k], raw)
+      lit = weight[:, k] * now
+      behind = behind - lit
+      # Alpha does not follow the shape where it is capped, nor in a finished pixel.
+      slope = jnp.where((now > 0) & (alpha[:, k] < ALPHA_MAX),
+                        lit - behind * alpha[:, k] / (1 - alpha[:, k]), 0)
+      return (raw, behind, lax.dynamic_update_index_in_dim(share, now, k, 1),
+              lax.dynamic_update_index_in_dim(d_power, slope, k, 1))
+
+    start = enter, behind_here, jnp.zeros_like(alpha), jnp.zeros_like(alpha)
+    *_, share, d_power = lax.fori_loop(0, config.block, unblend, start)
+    d_value = jnp.einsum("gks,gms->gkm", share, d_here, precision="highest")
+    sums = jnp.einsum("gks,sq->gkq", d_power, basis, precision="highest")
     rows = jnp.concatenate([_d_shape(shape, sums, x0, y0, side), d_value], -1)
-    return i + 1, lax.dynamic_update_slice(
-        d_rows, rows.swapaxes(0, 1), (i * config.group, 0, 0))
+    return i + 1, lax.dynamic_update_slice(d_rows, rows, (i * config.group, 0, 0))
 
   d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype)
   _, d_rows = lax.while_loop(lambda state: state[0] < groups, step, (jnp.int32(0), d_rows))
@@ -181,32 +186,31 @@ def _take(blocks: Blocks, i, group) -> Blocks:
 
 
 def _gather(padded, bins, here, block):
-  """Shapes [k g 6] and values [k g m] of the blocks' splats; zeros where a block is short."""
+  """Shapes [g k 6] and values [g k m] of the blocks' splats; zeros where a block is short."""
   shapes, values = padded
-  pair = here.begin[None, :] + jnp.arange(block, dtype=jnp.int32)[:, None]
+  pair = here.begin[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
   ids = bins.splats.at[pair].get(mode="clip")
-  ids = jnp.where(pair < here.end[None, :], ids, len(shapes) - 1)
+  ids = jnp.where(pair < here.end[:, None], ids, len(shapes) - 1)
   return shapes[ids], values[ids]
 
 
 def _alpha(shape, x0, y0, side):
-  """Alpha [g s] of one splat [g 6] a block, and where it follows the splat's shape."""
-  u, v, a, b, c, opacity = (shape[:, i, None] for i in range(6))
-  column, row = _offsets(side, shape.dtype)
-  dx, dy = column[None, :] + x0[:, None] - u, row[None, :] + y0[:, None] - v
+  """Alpha [g k s] of the blocks' splats at the pixels of their tiles."""
+  u, v, a, b, c, opacity = (shape[:, :, i, None] for i in range(6))
+  column, row = (z[None, None, :] for z in _offsets(side, shape.dtype))
+  dx, dy = column + x0[:, None, None] - u, row + y0[:, None, None] - v
   power = -0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy
   raw = opacity * jnp.exp(power)
-  raw = jnp.where((raw >= ALPHA_MIN) & (power <= 0), raw, 0)
-  return jnp.minimum(raw, ALPHA_MAX), raw < ALPHA_MAX
+  return jnp.where((raw >= ALPHA_MIN) & (power <= 0), jnp.minimum(raw, ALPHA_MAX), 0)
 
 
-def _clear(shape, x0, y0, side):
-  """Light [g s] that passes through all splats of each block."""
-  def pass_through(light, shape):
-    return light * (1 - _alpha(shape, x0, y0, side)[0]), None
+def _share(alpha, light):
+  """The light behind a splat, and its share of its pixels: 0 where they are finished.
 
-  start = jnp.ones((shape.shape[1], side * side), shape.dtype)
-  return lax.scan(pass_through, start, shape)[0]
+  Light that once fell below the bound stays below it, so no flag need be kept.
+  """
+  left = light * (1 - alpha)
+  return left, jnp.where(left >= OPAQUE, alpha * light, 0)
 
 
 def _enter(clear, here, offset, carry):
@@ -238,13 +242,13 @@ def _sum_by_tile(shown, blocks):
 
 
 def _d_shape(shape, sums, x0, y0, side):
-  """Cotangents [k g 6] of the shapes from moments of the power's cotangent.
+  """Cotangents [g k 6] of the shapes from moments of the power's cotangent.
 
-  The moments [k g 6] (1, x, y, xx, xy, yy) are about the tile's centre.
+  The moments [g k 6] (1, x, y, xx, xy, yy) are about the tile's centre.
   """
   u, v, a, b, c, opacity = (shape[..., i] for i in range(6))
   one, x, y, xx, xy, yy = (sums[..., i] for i in range(6))
-  px, py = x0[None, :] + side / 2 - u, y0[None, :] + side / 2 - v
+  px, py = x0[:, None] + side / 2 - u, y0[:, None] + side / 2 - v
   dx, dy = px * one + x, py * one + y
   dxx = px * px * one + 2 * px * x + xx
   dxy = px * py * one + px * y + py * x + xy
