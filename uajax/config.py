@@ -101,7 +101,8 @@ class Stage:
   warm_steps: int = 3_000  # static splats before; motion from here on
   ensemble_from: int = 15_000  # one random member a modality before, all of them fused after
   splats: int = 2_000  # to begin with
-  splats_extent: float = 0.1  # metres: drawn in [-extent, extent]^3
+  splats_extent: float = 0.1  # metres: drawn in [-extent, extent]^3 ...
+  carve: bool = True  # ... where masks see the layer, in its colours (official: all, grey)
   sh_every: int = 1_000  # steps between SH degrees
   guide_until: int = 40_000  # guided sampling ends here (0: never)
   guide_every: int = 15

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.spatial import cKDTree
 
 from kernels.splat.project import rotation, shade
-from uajax.config import Densify, Stage
+from uajax.config import Densify
 from uajax.types import Alive, Camera, Splats
 
 SPLIT_SHRINK = 1.6
@@ -39,28 +38,6 @@ class Change(NamedTuple):
 
 def no_stats(slots: int) -> Stats:
   return Stats(jnp.zeros(slots), jnp.zeros(slots))
-
-
-def seed_splats(stage: Stage, key) -> tuple[Splats, Alive]:
-  """The first splats of a stage: uniform in a cube, grey, faint, as wide as their gaps.
-
-  The scale is the log of the neighbour distance although softplus activates it: softplus(log d)
-  = log(1 + d), which is d for the small d at hand.
-  """
-  count, slots = stage.splats, stage.densify.slots
-  if count > slots:
-    raise ValueError(f"{stage.name}: {count} splats to begin with do not fit {slots} slots")
-  unit = jax.random.uniform(key, (count, 3), minval=-1, maxval=1)
-  points = np.asarray(unit) * stage.splats_extent
-  near = cKDTree(points).query(points, k=4)[0][:, 1:]
-  raw = np.log(np.sqrt(np.maximum((near**2).mean(1), 1e-7)))
-  fill = lambda value, width: jnp.zeros((slots, *width)).at[:count].set(value)
-  splats = Splats(
-    means=fill(points, (3,)), raw_scales=fill(raw[:, None], (3,)),
-    quats=jnp.zeros((slots, 4)).at[:, 0].set(1.0),
-    logit_opacities=jnp.full((slots,), np.log(0.1 / 0.9), jnp.float32),
-    sh_dc=jnp.zeros((slots, 1, 3)), sh_rest=jnp.zeros((slots, 8, 3)))
-  return splats, jnp.arange(slots) < count
 
 
 def densify(settings: Densify, splats: Splats, alive: Alive, stats: Stats, *, scene_m: float,

@@ -17,7 +17,7 @@ from uajax.config import Experiment, Stage
 from uajax.data import loader
 from uajax.errors import UserError
 from uajax.progress import Progress
-from uajax.train import densify, optimizer
+from uajax.train import densify, optimizer, seeding
 from uajax.train.step import (
   Material,
   State,
@@ -58,7 +58,8 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None, source="
 
   found = run.restore(lambda avatar, at: _resume_template(avatar, experiment, at))
   if found is None:
-    avatar, training, at = _begin(experiment), None, runs.Progress(0, 0, 0)
+    avatar, training = _begin(experiment, clips["train"]), None
+    at = runs.Progress(0, 0, 0)
   else:
     avatar, training, at = found
     _log.warning("resuming %s at step %d", run.path, at.total)
@@ -134,14 +135,14 @@ def _next(step: int, every: int) -> int:
   return (step // every + 1) * every
 
 
-def _begin(experiment: Experiment) -> Avatar:
-  """Splats scattered, motion networks drawn, from the seed alone."""
+def _begin(experiment: Experiment, clip: Clip) -> Avatar:
+  """Splats scattered and motion networks drawn."""
   k_motion, k_face, k_mouth = jax.random.split(jax.random.key(experiment.seed), 3)
   face_motion, mouth_motion = init_motion(k_motion, experiment.model.motion)
   layers = {}
   for stage, key, motion in ((experiment.face, k_face, face_motion),
                              (experiment.mouth, k_mouth, mouth_motion)):
-    splats, alive = densify.seed_splats(stage, key)
+    splats, alive = seeding.seed(stage, clip, key)
     layers[stage.name] = Layer(splats, alive, motion)
   return Avatar(**layers, config=experiment.model.motion, sh_degree=2)
 

@@ -3,10 +3,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from uajax import config
-from uajax.train import densify
+from uajax.train import densify, seeding
 
 SETTINGS = config.Densify(slots=32, grad_threshold=1.0, until=1000, min_opacity_rise=0.0)
 SCENE_M = 0.2
@@ -14,8 +13,9 @@ SCENE_M = 0.2
 
 def population(count=8, slots=32, scale_m=5e-4):
   stage = dataclasses.replace(
-    config.FACE, splats=count, densify=dataclasses.replace(config.FACE.densify, slots=slots))
-  splats, alive = densify.seed_splats(stage, jax.random.key(0))
+    config.FACE, splats=count, carve=False,
+    densify=dataclasses.replace(config.FACE.densify, slots=slots))
+  splats, alive = seeding.seed(stage, None, jax.random.key(0))
   raw = float(np.log(np.expm1(scale_m)))
   return splats._replace(raw_scales=jnp.full((slots, 3), raw)), alive
 
@@ -97,7 +97,3 @@ def test_demotion_makes_smaller_not_larger():
   np.testing.assert_allclose(scales[1], 4e-4, rtol=1e-3)
   np.testing.assert_allclose(scales[0], 4e-3, rtol=1e-3)
 
-
-def test_too_many_splats_to_begin_with_is_an_error():
-  with pytest.raises(ValueError, match="do not fit"):
-    population(count=40)

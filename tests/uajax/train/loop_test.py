@@ -15,6 +15,7 @@ import pytest
 
 from tests.uajax.data import subject_folder
 from uajax import config, runs
+from uajax.data import loader
 from uajax.errors import UserError
 from uajax.train import loop
 
@@ -71,7 +72,8 @@ def test_a_run_trains_grows_and_reports(trained):
 
 
 def test_each_stage_trains_its_own_part_only(trained, subject):
-  begun = loop._begin(loop.fit_audio(experiment(), _clip(subject)))
+  clip = loader.load(subject, "train", source="folder")
+  begun = loop._begin(loop.fit_audio(experiment(), clip), clip)
   avatar = trained.avatar()
   moved = lambda a, b: [(np.asarray(x) != np.asarray(y)).any() for x, y in zip(
     jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
@@ -100,7 +102,8 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
           "from tests.uajax.train.loop_test import experiment\n"
           f"loop.train({str(subject)!r}, {str(path)!r}, experiment(), source='folder')\n")
   for wanted in (2, 12):
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment)
     deadline = time.monotonic() + 240
     while _newest(path) < wanted and child.poll() is None and time.monotonic() < deadline:
       time.sleep(0.05)
@@ -115,7 +118,7 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
   assert totals == list(range(2, 19, 2)), "no line is lost or doubled"
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, subject, tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(subject, tmp_path, caplog):
   path = tmp_path / "damaged"
   run = loop.train(subject, path, experiment(), source="folder")
   newest = max(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
@@ -130,8 +133,3 @@ def _newest(path: pathlib.Path) -> int:
   done = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
   return max(done, default=0)
 
-
-def _clip(subject):
-  from uajax.data import loader
-
-  return loader.load(subject, "train", source="folder")
