@@ -30,7 +30,9 @@ def _hold(**gains) -> synthetic.Performance:
   """One motionless frame: action units and mouth controls at given strengths."""
   mouth, au = np.zeros((1, len(language.MOUTH_CONTROLS))), np.zeros((1, len(AU_NAMES)))
   for name, value in gains.items():
-    table, names = (mouth, language.MOUTH_CONTROLS) if name in language.MOUTH_CONTROLS else (au, AU_NAMES)
+    table, names = (
+      (mouth, language.MOUTH_CONTROLS) if name in language.MOUTH_CONTROLS else (au, AU_NAMES)
+    )
     table[0, names.index(name)] = value
   zero = np.zeros(1)
   return synthetic.Performance(
@@ -55,7 +57,7 @@ def test_the_same_arguments_give_the_same_bits(spoken):
 def test_sound_is_heard_and_as_long_as_the_picture(spoken):
   assert spoken.wav.dtype == np.float32
   assert len(spoken.wav) == len(spoken.pose) * types.SAMPLE_RATE_HZ // types.FPS
-  assert 0.02 < np.sqrt(np.mean(spoken.wav**2)) and np.abs(spoken.wav).max() < 1
+  assert np.sqrt(np.mean(spoken.wav**2)) > 0.02 and np.abs(spoken.wav).max() < 1
   # speech has its weight below 4 kHz and a voice under it
   power = np.abs(np.fft.rfft(spoken.wav)) ** 2
   hz = np.fft.rfftfreq(len(spoken.wav), 1 / types.SAMPLE_RATE_HZ)
@@ -113,10 +115,14 @@ def test_classes_and_landmarks_agree_with_the_picture(film):
   assert marks[36, 0] < marks[39, 0] < marks[42, 0] < marks[45, 0]
   assert np.all(marks[37:39, 1] < marks[40:42, 1].max())
   assert marks[51, 1] < marks[62, 1] < marks[66, 1] < marks[57, 1]
-  # white wall of a mouth stays inside the lips' outline
-  y, x = np.nonzero(classes == types.MOUTH)
-  assert x.min() >= marks[48, 0] - 1.5 and x.max() <= marks[54, 0] + 1.5
-  assert y.min() >= marks[48:60, 1].min() - 1 and y.max() <= marks[48:60, 1].max() + 1
+
+
+def test_the_inside_of_the_mouth_shows_only_between_the_lips(film):
+  for classes, marks in zip(film.classes, film.landmarks, strict=True):
+    y, x = np.nonzero(classes == types.MOUTH)
+    if len(x):
+      assert x.min() >= marks[48, 0] - 1.5 and x.max() <= marks[54, 0] + 1.5
+      assert y.min() >= marks[48:60, 1].min() - 1 and y.max() <= marks[48:60, 1].max() + 1
 
 
 def test_layers_make_the_picture(film):
@@ -124,7 +130,9 @@ def test_layers_make_the_picture(film):
   behind = film.torso[..., :3] * alpha + film.plate[None] * (1 - alpha)
   assert np.abs(behind - film.background).max() <= 1.5
   away = ~np.isin(film.classes, (types.FACE, types.HAIR, types.MOUTH))
-  far = away & np.roll(away, 2, 1) & np.roll(away, -2, 1) & np.roll(away, 2, 2) & np.roll(away, -2, 2)
+  far = (
+    away & np.roll(away, 2, 1) & np.roll(away, -2, 1) & np.roll(away, 2, 2) & np.roll(away, -2, 2)
+  )
   assert np.abs(film.image.astype(int) - film.background)[far].max() <= 2
   # behind the chin there is neck, not a hole
   chin = film.landmarks[0, 8].astype(int)
@@ -160,7 +168,8 @@ def test_a_blink_hides_the_iris():
 
 
 @pytest.mark.parametrize(
-  ("emotion", "unit"), [("happy", "AU12"), ("sad", "AU15"), ("angry", "AU04"), ("surprised", "AU05")]
+  ("emotion", "unit"),
+  [("happy", "AU12"), ("sad", "AU15"), ("angry", "AU04"), ("surprised", "AU05")],
 )
 def test_stronger_feeling_shows_more(emotion, unit):
   levels = []
@@ -186,7 +195,10 @@ def test_mouth_opening_is_read_from_pixels():
   film = synthetic.render_frames(Person(size_px=96), every)
   seen = [synthetic.mouth_opening(i, m) for i, m in zip(film.image, film.landmarks, strict=True)]
   assert np.corrcoef(seen, film.lip_gap_px)[0, 1] > 0.95
-  squares = [synthetic.mouth_opening(i / 255.0, folder_square(m, 96)) for i, m in zip(film.image, film.landmarks, strict=True)]
+  squares = [
+    synthetic.mouth_opening(i / 255.0, folder_square(m, 96))
+    for i, m in zip(film.image, film.landmarks, strict=True)
+  ]
   assert np.corrcoef(squares, film.lip_gap_px)[0, 1] > 0.95
 
 
@@ -204,7 +216,12 @@ def test_the_held_out_sentence_was_never_trained_on():
     assert all((line.emotion, line.intensity) not in settings for line in held)
     assert {line.emotion for line in script} == set(synthetic.EMOTIONS)
     assert sum(line.seconds for line in script) == pytest.approx(seconds)
-  heard = {p for line in synthetic.default_script(12.0) for w in line.text.split() for p in language.TRAINING_WORDS[w]}
+  heard = {
+    p
+    for line in synthetic.default_script(12.0)
+    for w in line.text.split()
+    for p in language.TRAINING_WORDS[w]
+  }
   assert heard == set(language.PHONES) - {language.SILENCE}
   assert not set(language.TRAINING_WORDS) & set(language.HELD_OUT_WORDS)
 
@@ -239,15 +256,24 @@ def test_the_folder_is_whole_and_is_read(tmp_path):
   with pytest.raises(UserError, match="exists"):
     synthetic.make(tmp_path / "anna", SMALL, seconds=0.8, progress=False)
   synthetic.make(tmp_path / "bert", SMALL, seconds=0.8, seed=2, progress=False)
-  for file in sorted(p.relative_to(tmp_path / "anna") for p in (tmp_path / "anna").rglob("*") if p.is_file()):
+  for file in sorted(
+    p.relative_to(tmp_path / "anna") for p in (tmp_path / "anna").rglob("*") if p.is_file()
+  ):
     assert filecmp.cmp(tmp_path / "anna" / file, tmp_path / "bert" / file, shallow=False), file
 
 
 @pytest.mark.parametrize(
   "script",
-  [(), (Line("hello xylophone"),), (Line("hello", emotion="bored"),), (Line("hello", intensity=2.0),),
-   (Line("people begin summer", seconds=0.4),), (Line("", seconds=None),), (Line(seconds=0.0),)],
-)  # fmt: skip
+  [
+    (),
+    (Line("hello xylophone"),),
+    (Line("hello", emotion="bored"),),
+    (Line("hello", intensity=2.0),),
+    (Line("people begin summer", seconds=0.4),),
+    (Line("", seconds=None),),
+    (Line(seconds=0.0),),
+  ],
+)
 def test_a_bad_script_is_refused_in_one_line(tmp_path, script):
   with pytest.raises(UserError) as error:
     synthetic.make(tmp_path / "x", SMALL, script=script, progress=False)

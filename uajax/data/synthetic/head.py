@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
 from uajax import types
@@ -24,7 +25,7 @@ NOSE_Y = -0.035  # its base
 EYE_X, EYE_Y = 0.0315, 0.008
 BROW_Y = 0.0335
 JAW_AXIS = (-0.008, -0.005)  # y, z of the hinge
-JAW_RAD = 0.145  # at full opening
+JAW_RAD = 0.165  # at full opening
 SKIN, EYEBALL, PLAIN = range(3)  # how a triangle is painted: by texture, or by vertex colour
 _ROWS, _COLUMNS = 168, 150
 _SIDE_RAD = 2.2  # the rings are open at the back, which no camera sees
@@ -83,8 +84,11 @@ class Head(NamedTuple):
 
 def half_width(y, shape: Shape) -> np.ndarray:
   """Half the head's width at height y, before hair."""
-  return SEMI_AXES[0] * _round(y) * _profile(y, _WIDTH_Y, _WIDTH) * (
-    shape.width + (shape.jaw - 1) * _step(-0.02, -0.08, y)
+  return (
+    SEMI_AXES[0]
+    * _round(y)
+    * _profile(y, _WIDTH_Y, _WIDTH)
+    * (shape.width + (shape.jaw - 1) * _step(-0.02, -0.08, y))
   )
 
 
@@ -100,7 +104,9 @@ def surface(x, y, shape: Shape) -> np.ndarray:
   return _ring(y, azimuth, shape)
 
 
-def place(head: Head, xy: Float[np.ndarray, "p 2"]) -> tuple[Int[np.ndarray, "p 4"], Float[np.ndarray, "p 4"]]:
+def place(
+  head: Head, xy: Float[np.ndarray, "p 2"]
+) -> tuple[Int[np.ndarray, "p 4"], Float[np.ndarray, "p 4"]]:
   """Vertices and weights whose mean lies at canonical (x, y), off the mouth line."""
   azimuth = np.arcsin(np.clip(xy[:, 0] / half_width(xy[:, 1], head.shape), -1, 1))
   row = np.interp(-xy[:, 1], -head.grid.y, np.arange(len(head.grid.y)))
@@ -131,7 +137,10 @@ def build(person: Person) -> Head:
   canonical = np.stack([x, y], axis=1)
   skin = base + _sculpt(x, y, azimuth, half, shape)
   texcoord = np.stack(
-    [np.repeat(np.arange(rows) / (rows - 1), columns), np.tile(np.arange(columns) / (columns - 1), rows)],
+    [
+      np.repeat(np.arange(rows) / (rows - 1), columns),
+      np.tile(np.arange(columns) / (columns - 1), rows),
+    ],
     axis=1,
   )
   parts = _Parts()
@@ -157,7 +166,9 @@ def build(person: Person) -> Head:
   return head._replace(**_motions(head, half))
 
 
-def deform(head: Head, mouth: Float[np.ndarray, " m"], au: Float[np.ndarray, " u"]) -> Float[np.ndarray, "v 3"]:
+def deform(
+  head: Head, mouth: Float[np.ndarray, " m"], au: Float[np.ndarray, " u"]
+) -> Float[np.ndarray, "v 3"]:
   """The head in its own frame with mouth controls 0..1 and action units 0..5."""
   control = dict(zip(MOUTH_CONTROLS, mouth, strict=True))
   unit = dict(zip(AU_NAMES, au, strict=True))
@@ -184,7 +195,7 @@ def _profile(y, at, values) -> np.ndarray:
   return PchipInterpolator(at, values)(np.clip(y, at[0], at[-1]))
 
 
-def _step(a: float, b: float, x) -> np.ndarray:
+def _step(a, b, x) -> np.ndarray:
   """Smooth 0 at a, 1 at b (b may be the smaller)."""
   t = np.clip((np.asarray(x) - a) / (b - a), 0, 1)
   return t * t * (3 - 2 * t)
@@ -206,7 +217,9 @@ def _ring(y, azimuth, shape) -> np.ndarray:
 def _grid(shape: Shape) -> Grid:
   knots = (0.1049, 0.085, 0.050, -0.030, -0.045, -0.073, -0.090, -0.1049)
   counts = (14, 18, 52, 14, 40, 14, 15)
-  pieces = [np.linspace(a, b, n, endpoint=False) for a, b, n in zip(knots, knots[1:], counts, strict=False)]
+  pieces = [
+    np.linspace(a, b, n, endpoint=False) for a, b, n in zip(knots, knots[1:], counts, strict=False)
+  ]
   y = np.concatenate([*pieces, knots[-1:]])
   y[np.argmin(np.abs(y - MOUTH_Y))] = MOUTH_Y
   s = np.linspace(-1, 1, _COLUMNS + 1)
@@ -237,8 +250,13 @@ def _sculpt(x, y, azimuth, half, shape) -> np.ndarray:
     (-0.047, -0.041, -0.0365, -0.031, -0.026, -0.015, 0.0, 0.016, 0.032),
     np.array((0.0, 0.004, 0.0165, 0.0215, 0.0205, 0.0155, 0.010, 0.0045, 0.0012)) * shape.nose,
   )
-  width = np.interp(n, (-0.04, -0.028, -0.012, 0.016), (0.0086, 0.0082, 0.0062, 0.0056)) * shape.nose_width
-  dz += np.where((n > -0.047) & (n < 0.032), ridge(np.clip(n, -0.047, 0.032)), 0) * np.exp(-0.5 * (x / width) ** 2)
+  width = (
+    np.interp(n, (-0.04, -0.028, -0.012, 0.016), (0.0086, 0.0082, 0.0062, 0.0056))
+    * shape.nose_width
+  )
+  dz += np.where((n > -0.047) & (n < 0.032), ridge(np.clip(n, -0.047, 0.032)), 0) * np.exp(
+    -0.5 * (x / width) ** 2
+  )
   dz += 0.0075 * _bump(side, n, 0.0125 * shape.nose_width, -0.0335, 0.0042, 0.0050)
   # sockets, eyeballs under the lids, brows, temples, cheekbones, cheeks
   dz -= 0.0090 * _bump(side, y, EYE_X - 0.004, EYE_Y + 0.003, 0.0165, 0.0105)
@@ -272,7 +290,9 @@ def _sculpt(x, y, azimuth, half, shape) -> np.ndarray:
 def _above_hairline(azimuth, y, shape: Shape) -> np.ndarray:
   """Metres above the hairline: swept from a parting, short before the ears."""
   turn = np.abs(azimuth)
-  sweep = 0.010 * np.exp(-0.5 * ((azimuth + 0.45) / 0.20) ** 2) - 0.006 * np.sin(1.6 * (azimuth - 0.1))
+  sweep = 0.010 * np.exp(-0.5 * ((azimuth + 0.45) / 0.20) ** 2) - 0.006 * np.sin(
+    1.6 * (azimuth - 0.1)
+  )
   tufts = 0.0016 * np.sin(21 * azimuth) + 0.0011 * np.sin(47 * azimuth + 1.0)
   line = shape.hairline_y + (sweep + tufts) * _step(1.15, 0.75, turn)
   line = line - 0.020 * _step(0.45, 1.05, turn) - 0.052 * _step(1.06, 1.36, turn)
@@ -291,7 +311,9 @@ def _hair_bulk(y, azimuth, shape: Shape) -> np.ndarray:
   strands = 0.07 * np.sin(17 * azimuth + 60 * y) + 0.05 * np.sin(31 * azimuth - 95 * y)
   strands = 1 + strands * _step(0.103, 0.085, y)
   crown = 0.80 + 0.50 * _step(0.045, 0.095, y) - 0.35 * _step(0.8, 1.3, turn) * _step(0.06, 0.0, y)
-  parting = 1 - 0.22 * np.exp(-0.5 * ((azimuth + 0.50) / 0.09) ** 2) * _step(0.05, 0.07, y) * _step(0.103, 0.09, y)
+  parting = 1 - 0.22 * np.exp(-0.5 * ((azimuth + 0.50) / 0.09) ** 2) * _step(0.05, 0.07, y) * _step(
+    0.103, 0.09, y
+  )
   sides = _step(0.8, 1.1, turn)
   swell = _step(-0.002, 0.010 + 0.050 * sides, _above_hairline(azimuth, y, shape))
   return shape.hair_m * strands * crown * parting * swell
@@ -312,7 +334,17 @@ class _Parts:
     self.paint: list[np.ndarray] = []
     self.classes: list[np.ndarray] = []
 
-  def add(self, rest, canonical=None, texcoord=None, *, color=(0.5, 0.5, 0.5), inner=0.0, lower=False, rigid=np.nan):
+  def add(
+    self,
+    rest,
+    canonical=None,
+    texcoord=None,
+    *,
+    color: ArrayLike = (0.5, 0.5, 0.5),
+    inner: ArrayLike = 0.0,
+    lower: ArrayLike = False,
+    rigid: float = np.nan,
+  ):
     """`rigid` is the share of the jaw's rotation; NaN lets the skin's own law decide."""
     n = len(rest)
     column = self.columns
@@ -330,7 +362,9 @@ class _Parts:
   def quads(self, ids, paint, label):
     """Triangulates a sheet of vertices, [r c]."""
     a, b, c, d = ids[:-1, :-1], ids[:-1, 1:], ids[1:, :-1], ids[1:, 1:]
-    both = np.concatenate([np.stack([a, c, b], -1).reshape(-1, 3), np.stack([b, c, d], -1).reshape(-1, 3)])
+    both = np.concatenate(
+      [np.stack([a, c, b], -1).reshape(-1, 3), np.stack([b, c, d], -1).reshape(-1, 3)]
+    )
     self.triangles.append(both)
     self.paint.append(np.full(len(both), paint))
     self.classes.append(np.full(len(both), label))
@@ -356,7 +390,12 @@ def _line_lip(parts: _Parts, lip, half, sign):
   rest, canonical, texcoord = (parts.get(k)[lip] for k in ("rest", "canonical", "texcoord"))
   full = np.sqrt(np.clip(1 - (canonical[:, 0] / half) ** 2, 0, 1))
   sheet = [lip]
-  for back, turn, inner in ((0.0025, 0.0004, 0.15), (0.0055, 0.0022, 0.45), (0.0095, 0.0060, 0.9), (0.016, 0.012, 1.0)):
+  for back, turn, inner in (
+    (0.0025, 0.0004, 0.15),
+    (0.0055, 0.0022, 0.45),
+    (0.0095, 0.0060, 0.9),
+    (0.016, 0.012, 1.0),
+  ):
     moved = rest + np.stack([0 * full, sign * turn * full, -back * np.ones_like(full)], axis=1)
     sheet.append(parts.add(moved, canonical, texcoord, inner=inner, lower=sign < 0))
   for k in range(len(sheet) - 1):
@@ -366,11 +405,14 @@ def _line_lip(parts: _Parts, lip, half, sign):
 def _furnish_mouth(parts: _Parts):
   # a dark bag behind everything
   u, v = np.meshgrid(np.linspace(-1, 1, 9), np.linspace(-1, 1, 9), indexing="ij")
-  bag = np.stack([0.031 * u, MOUTH_Y - 0.002 + 0.024 * v, 0.050 - 0.010 * (1 - u**2)], -1)
+  low = np.clip(-v, 0, 1)  # narrower and deeper below, so as to stay within the chin
+  bag = np.stack([
+    0.033 * u * (1 - 0.4 * low), MOUTH_Y - 0.001 + 0.021 * v, 0.040 + 0.016 * u**4 * (1 - low),
+  ], -1)  # fmt: skip
   ids = parts.add(bag.reshape(-1, 3), color=(0.13, 0.035, 0.04), rigid=0.4)
   parts.quads(ids.reshape(9, 9), PLAIN, types.MOUTH)
-  _set_teeth(parts, top=MOUTH_Y + 0.0100, bottom=MOUTH_Y - 0.0027, rigid=0.0, edge=-1)
-  _set_teeth(parts, top=MOUTH_Y - 0.0025, bottom=MOUTH_Y - 0.0135, rigid=1.0, edge=1)
+  _set_teeth(parts, top=MOUTH_Y + 0.0100, bottom=MOUTH_Y - 0.0027, width=0.0255, rigid=0.0, edge=-1)
+  _set_teeth(parts, top=MOUTH_Y - 0.0025, bottom=MOUTH_Y - 0.0135, width=0.0200, rigid=1.0, edge=1)
   # tongue: half an ellipsoid lying on the jaw
   u, v = np.meshgrid(np.linspace(-1, 1, 17), np.linspace(0, 1, 11), indexing="ij")
   angle = np.pi / 2 * u
@@ -386,15 +428,19 @@ def _furnish_mouth(parts: _Parts):
 TEETH = -2.0  # `inner` of teeth vertices, which tells them from gums and tongue
 
 
-def _set_teeth(parts: _Parts, top, bottom, rigid, edge):
+def _set_teeth(parts: _Parts, top, bottom, width, rigid, edge):
   """A row of teeth along an arch; `edge` is the side (-1 below, 1 above) where they bite."""
   s, h = np.meshgrid(np.linspace(-1, 1, 73), np.linspace(0, 1, 9), indexing="ij")
-  x = 0.0265 * s
-  phase = np.abs(np.mod(s * 5.5 + 0.5, 1) - 0.5) * 2  # 0 at the middle of a tooth, 1 between two
+  x = width * s
+  phase = np.abs(np.mod(x / 0.0049 + 0.5, 1) - 0.5) * 2  # 0 at the middle of a tooth, 1 between two
   bite = h if edge < 0 else 1 - h  # 1 at the biting edge
   y = top + (bottom - top) * h - edge * 0.0009 * (phase**4) * bite
-  z = 0.0815 - 14.0 * x**2 - 0.0006 * phase**4 - (0.0022 if edge > 0 else 0)
-  white = np.array([0.93, 0.90, 0.83]) * (1 - 0.16 * phase[..., None] ** 6) * (1 - 0.30 * s[..., None] ** 4)
+  z = 0.0815 - 16.0 * x**2 - 0.0006 * phase**4 - (0.0022 if edge > 0 else 0)
+  white = (
+    np.array([0.93, 0.90, 0.83])
+    * (1 - 0.16 * phase[..., None] ** 6)
+    * (1 - 0.30 * s[..., None] ** 4)
+  )
   gum = np.array([0.66, 0.32, 0.32])
   blend = _step(0.30, 0.42, bite + 0.10 * (1 - phase))[..., None]
   color = gum + (white - gum) * blend
@@ -402,7 +448,9 @@ def _set_teeth(parts: _Parts, top, bottom, rigid, edge):
   order = lambda g: np.moveaxis(g, 1, 0)  # noqa: E731
   points = order(np.stack([x, y, z], -1))
   inner = np.where(order(blend)[..., 0] > 0.5, TEETH, -1.0)
-  ids = parts.add(points.reshape(-1, 3), color=order(color).reshape(-1, 3), inner=inner.reshape(-1), rigid=rigid)
+  ids = parts.add(
+    points.reshape(-1, 3), color=order(color).reshape(-1, 3), inner=inner.reshape(-1), rigid=rigid
+  )
   parts.quads(ids.reshape(9, 73), PLAIN, types.MOUTH)
 
 
@@ -421,7 +469,10 @@ def _attach_ears(parts: _Parts, shape):
 
 # --- motion -----------------------------------------------------------------------------------
 
-FIELDS = ("width", "round", "part", "tuck", "press", "tongue", "AU01", "AU02", "AU04", "AU06", "AU07", "AU12", "AU15", "AU23")  # fmt: skip
+FIELDS = (
+  "width", "round", "part", "tuck", "press", "tongue",
+  "AU01", "AU02", "AU04", "AU06", "AU07", "AU12", "AU15", "AU23",
+)  # fmt: skip
 
 
 def _motions(head: Head, half: float) -> dict:
@@ -464,12 +515,16 @@ def _motions(head: Head, half: float) -> dict:
       0.0075 * np.exp(-0.5 * (x / (0.8 * half)) ** 2) * near,
     ),
     "part": field(dy=np.where(lower, -0.0030, 0.0026) * lip * near),
-    "tuck": field(dy=np.where(lower, 0.0030, 0.0014) * lip * near, dz=np.where(lower, -0.0062, 0) * lip * near),
+    "tuck": field(
+      dy=np.where(lower, 0.0030, 0.0014) * lip * near, dz=np.where(lower, -0.0062, 0) * lip * near
+    ),
     "press": field(dy=-0.35 * (y - MOUTH_Y) * lip * near, dz=-0.0022 * lip * near),
     "tongue": field(dy=0.0105 * tip, dz=0.0035 * tip),
     "AU01": field(dy=0.0068 * brow_in),
     "AU02": field(dy=0.0068 * brow_out),
-    "AU04": field(-sign * 0.0030 * brow_in, -0.0058 * brow_in - 0.0030 * brow_out, 0.0016 * brow_in),
+    "AU04": field(
+      -sign * 0.0030 * brow_in, -0.0058 * brow_in - 0.0030 * brow_out, 0.0016 * brow_in
+    ),
     "AU06": field(dy=0.0042 * cheek, dz=0.0050 * cheek),
     "AU07": field(dy=-0.0008 * brow),
     "AU12": field(

@@ -14,8 +14,6 @@ from uajax.data.synthetic import head as heads
 from uajax.data.synthetic.head import EYE_X, EYE_Y, Grid, Shape
 from uajax.data.synthetic.performance import Person
 
-_TEXELS = (720, 560)
-
 _SKINS = ((0.90, 0.73, 0.63), (0.84, 0.63, 0.50), (0.74, 0.53, 0.41), (0.55, 0.37, 0.28))
 _HAIRS = ((0.22, 0.14, 0.09), (0.10, 0.08, 0.07), (0.43, 0.28, 0.15), (0.33, 0.15, 0.08))
 _IRISES = ((0.30, 0.42, 0.52), (0.33, 0.22, 0.13), (0.32, 0.40, 0.27), (0.24, 0.16, 0.10))
@@ -40,35 +38,42 @@ class Palette:
       k = 0 if person.seed == 0 else int(rng.integers(len(table)))
       return np.clip(np.array(table[k]) * rng.uniform(0.97, 1.03, 3), 0, 1)
 
-    return cls(*(pick(t) for t in (_SKINS, _HAIRS, _IRISES, _SHIRTS, _WALLS)), brow=rng.uniform(0.85, 1.15))
+    return cls(
+      *(pick(t) for t in (_SKINS, _HAIRS, _IRISES, _SHIRTS, _WALLS)), brow=rng.uniform(0.85, 1.15)
+    )
 
   @property
   def lip(self) -> np.ndarray:
-    return self.skin * np.array([0.84, 0.56, 0.58])
+    return self.skin * (0.84, 0.56, 0.58)
 
 
 def _noise(rng, shape, cells, order=3) -> np.ndarray:
   """Smooth noise of about unit variance with `cells` = (rows, columns) of detail."""
   coarse = rng.standard_normal((cells[0] + 3, cells[1] + 3))
   factors = (shape[0] / cells[0], shape[1] / cells[1])
-  return zoom(coarse, factors, order=order)[: shape[0], : shape[1]]
+  return np.asarray(zoom(coarse, factors, order=order))[: shape[0], : shape[1]]
 
 
-def skin_texture(person: Person, grid: Grid, shape: Shape, half: float) -> Float[np.ndarray, "r c 4"]:
+def skin_texture(
+  person: Person, grid: Grid, shape: Shape, half: float
+) -> Float[np.ndarray, "r c 4"]:
   """Colour and, last, how much of the texel is hair."""
   look = Palette.of(person)
   rng = np.random.default_rng([23, person.seed])
-  rows, columns = _TEXELS
+  rows = int(np.clip(3 * person.size_px, 240, 900))  # a little finer than the samples
+  texels = rows, columns = rows, rows * 7 // 9
   at_row = np.linspace(0, len(grid.y) - 1, rows)
   at_column = np.linspace(0, len(grid.azimuth) - 1, columns)
   y = np.interp(at_row, np.arange(len(grid.y)), grid.y)[:, None] + np.zeros((1, columns))
-  azimuth = np.interp(at_column, np.arange(len(grid.azimuth)), grid.azimuth)[None, :] + np.zeros((rows, 1))
+  azimuth = np.interp(at_column, np.arange(len(grid.azimuth)), grid.azimuth)[None, :] + np.zeros(
+    (rows, 1)
+  )
   x = heads.half_width(y, shape) * np.sin(azimuth)
   side = np.abs(x)
   front = np.cos(azimuth) > 0
 
   tone = np.ones((rows, columns, 3)) * look.skin
-  mottle = 0.016 * _noise(rng, _TEXELS, (26, 20)) + 0.010 * _noise(rng, _TEXELS, (130, 100))
+  mottle = 0.016 * _noise(rng, texels, (26, 20)) + 0.010 * _noise(rng, texels, (130, 100))
   tone *= (1 + mottle)[..., None]
 
   def tint(mask, color, amount):
@@ -98,9 +103,11 @@ def skin_texture(person: Person, grid: Grid, shape: Shape, half: float) -> Float
   up, down = heads.lip_heights(x, half, shape)
   line = y - heads.MOUTH_Y
   soft = 0.0007
-  red = np.where(line >= 0, heads._step(soft, -soft, line - up), heads._step(soft, -soft, -line - down))
+  red = np.where(
+    line >= 0, heads._step(soft, -soft, line - up), heads._step(soft, -soft, -line - down)
+  )
   red *= heads._step(1.02 * half, 0.97 * half, side) * front
-  lip = look.lip * (1 + 0.05 * _noise(rng, _TEXELS, (30, 300)))[..., None]
+  lip = look.lip * (1 + 0.05 * _noise(rng, texels, (30, 300)))[..., None]
   lip = lip * np.where(line >= 0, 0.90, 1.03)[..., None]
   tone[:] = tone * (1 - red[..., None]) + lip * red[..., None]
   tint(np.exp(-0.5 * (line / 0.0010) ** 2) * (side < half) * front, look.lip * 0.45, 0.70)
@@ -111,13 +118,16 @@ def skin_texture(person: Person, grid: Grid, shape: Shape, half: float) -> Float
   thick = 0.0037 * look.brow * np.interp(t, (0, 0.12, 0.55, 1.0), (0.75, 1.0, 0.85, 0.25))
   brow = heads._step(1.25, 0.65, np.abs(y - arch) / np.maximum(thick, 1e-5))
   brow *= heads._step(-0.03, 0.05, t) * heads._step(1.04, 0.92, t) * front
-  strands = 0.86 + 0.14 * np.clip(_noise(rng, _TEXELS, (60, 260)), -1.5, 1.5)
-  tint(brow * strands, look.hair * 0.95 + 0.02, 0.90)
+  strands = 0.86 + 0.14 * np.clip(_noise(rng, texels, (60, 260)), -1.5, 1.5)
+  tint(brow * strands, np.minimum(look.hair, 0.5 * look.skin) * 0.95 + 0.02, 0.90)
 
   hair = heads.hair_mask(y, azimuth, shape)
-  flow = _noise(rng, _TEXELS, (14, 210)) + 0.6 * _noise(rng, _TEXELS, (30, 420))
+  flow = _noise(rng, texels, (14, 210)) + 0.6 * _noise(rng, texels, (30, 420))
   sheen = np.exp(-0.5 * ((y - 0.078 - 0.006 * np.sin(3 * azimuth)) / 0.010) ** 2)
-  strand = look.hair * (1 + 0.16 * np.clip(flow, -2, 2) + 0.55 * sheen * np.clip(0.7 + 0.4 * flow, 0, 2))[..., None]
+  strand = (
+    look.hair
+    * (1 + 0.16 * np.clip(flow, -2, 2) + 0.55 * sheen * np.clip(0.7 + 0.4 * flow, 0, 2))[..., None]
+  )
   rough = 0.14 * heads._step(1.1, 0.8, np.abs(azimuth))  # a hairline seen end on would look sawn
   edge = np.clip(hair + rough * flow * (hair > 0.02) * (hair < 0.98), 0, 1)
   tone[:] = tone * (1 - edge[..., None]) + strand * edge[..., None]
@@ -139,7 +149,11 @@ def lid_lines(u, blink, au05, au07, au06):
 
 
 def draw_eyes(
-  tone: Float[np.ndarray, "s 3"], xy: Float[np.ndarray, "s 2"], look: Palette, au: dict[str, float], blink: float
+  tone: Float[np.ndarray, "s 3"],
+  xy: Float[np.ndarray, "s 2"],
+  look: Palette,
+  au: dict[str, float],
+  blink: float,
 ) -> np.ndarray:
   """Paints eyes and lids over skin tones at canonical places. Returns the gloss of each sample.
 
@@ -163,18 +177,31 @@ def draw_eyes(
   # the crease above the lid sinks as the eye opens
   crease = 0.0095 * (1 - 0.75 * u**2) + 0.0008 * au["AU05"] / 5 - 0.0012 * blink
   lid_skin = look.skin * np.array([0.86, 0.74, 0.70])
-  lay(within * heads._step(0.0012, -0.0012, y - crease) * heads._step(-0.0006, 0.0006, y - upper) * 0.55, lid_skin)
-  lay(within * np.exp(-0.5 * ((y - crease) / 0.0009) ** 2) * (0.55 - 0.30 * blink), look.skin * np.array([0.55, 0.42, 0.40]))
+  lay(
+    within
+    * heads._step(0.0012, -0.0012, y - crease)
+    * heads._step(-0.0006, 0.0006, y - upper)
+    * 0.55,
+    lid_skin,
+  )
+  lay(
+    within * np.exp(-0.5 * ((y - crease) / 0.0009) ** 2) * (0.55 - 0.30 * blink),
+    look.skin * np.array([0.55, 0.42, 0.40]),
+  )
   bag = -0.0085 + 0.0016 * au["AU06"] / 5
   lay(
-    within * np.exp(-0.5 * ((y - bag * (1 - 0.5 * u**2)) / 0.0012) ** 2) * (0.16 + 0.34 * au["AU06"] / 5),
+    within
+    * np.exp(-0.5 * ((y - bag * (1 - 0.5 * u**2)) / 0.0012) ** 2)
+    * (0.16 + 0.34 * au["AU06"] / 5),
     look.skin * np.array([0.66, 0.52, 0.50]),
   )
   # the ball: white, iris with a dark rim, pupil, shadow of the lid, a spark of light
   soft = 0.0004
   opening = heads._step(soft, -soft, y - upper) * heads._step(-soft, soft, y - lower)
   opening = opening * heads._step(1.0, 0.95, np.abs(u))
-  ball = np.ones((len(near), 3)) * np.array([0.93, 0.92, 0.91]) * (1 - 0.22 * np.abs(u[:, None]) ** 2.5)
+  ball = (
+    np.ones((len(near), 3)) * np.array([0.93, 0.92, 0.91]) * (1 - 0.22 * np.abs(u[:, None]) ** 2.5)
+  )
   radius = np.hypot(x, y - 0.0008)
   iris = look.iris * (0.75 + 0.55 * np.clip(radius / 0.0062, 0, 1))[:, None]
   rim = heads._step(0.0050, 0.0064, radius)[:, None]
@@ -185,13 +212,22 @@ def draw_eyes(
   ball = ball * (1 - m) + 0.03 * m
   shadow = 0.45 * np.exp(-np.clip(upper - y, 0, 1) / 0.0016)
   ball *= (1 - shadow)[:, None]
-  spark = np.exp(-0.5 * (((xy[near, 0] - np.sign(xy[near, 0]) * EYE_X + 0.0020) / 0.0010) ** 2 + ((y - 0.0032) / 0.0010) ** 2))
+  spark = np.exp(
+    -0.5
+    * (
+      ((xy[near, 0] - np.sign(xy[near, 0]) * EYE_X + 0.0020) / 0.0010) ** 2
+      + ((y - 0.0032) / 0.0010) ** 2
+    )
+  )
   ball = ball + 0.85 * spark[:, None]
   lay(opening, ball)
   # lashes along the upper edge, thicker outward, and a thin lower rim
   lash = (0.0011 + 0.0005 * np.clip(u, -1, 1)) * (1 + 0.25 * blink)
   lay(within * np.exp(-0.5 * ((y - upper - 0.0003) / lash) ** 2) * 0.92, (0.10, 0.07, 0.06))
-  lay(within * np.exp(-0.5 * ((y - lower + 0.0003) / 0.0006) ** 2) * 0.42, look.skin * np.array([0.55, 0.36, 0.34]))
+  lay(
+    within * np.exp(-0.5 * ((y - lower + 0.0003) / 0.0006) ** 2) * 0.42,
+    look.skin * np.array([0.55, 0.36, 0.34]),
+  )
   tone[near] = t
   gloss[near] = -opening  # the spark is painted: none besides
   return gloss
@@ -210,10 +246,15 @@ def draw_folds(tone, xy, look: Palette, au: dict[str, float], half: float) -> No
   if raised > 0.02:
     for level in (0.046, 0.053):
       arch = level + 0.0015 * np.cos(side / 0.012)
-      carve(np.exp(-0.5 * ((y - arch) / 0.0010) ** 2) * heads._step(0.040, 0.022, side), 0.45 * raised)
+      carve(
+        np.exp(-0.5 * ((y - arch) / 0.0010) ** 2) * heads._step(0.040, 0.022, side), 0.45 * raised
+      )
   frown = au["AU04"] / 5
   if frown > 0.02:
-    carve(np.exp(-0.5 * ((side - 0.0052) / 0.0011) ** 2) * np.exp(-0.5 * ((y - 0.031) / 0.006) ** 2), 0.75 * frown)
+    carve(
+      np.exp(-0.5 * ((side - 0.0052) / 0.0011) ** 2) * np.exp(-0.5 * ((y - 0.031) / 0.006) ** 2),
+      0.75 * frown,
+    )
   laugh = max(au["AU12"], 0.5 * au["AU06"]) / 5
   if laugh > 0.02:
     along = np.clip((heads.NOSE_Y + 0.004 - y) / 0.030, -0.2, 1.2)
@@ -244,7 +285,11 @@ def wall(person: Person, size_px: int) -> Float[np.ndarray, "h w 3"]:
     book = (u > left) & (u < left + 0.032) & (v < 0.34) & (v > 0.34 - tall)
     lay(book.astype(float), rng.uniform(0.25, 0.75, 3), 0.8)
   lay((v > 0.74).astype(float), look.wall * 0.70, 0.6)
-  lay(np.exp(-0.5 * (((u - 0.90) / 0.07) ** 2 + ((v - 0.68) / 0.10) ** 2)) * 1.2, (0.28, 0.40, 0.27), 0.75)
+  lay(
+    np.exp(-0.5 * (((u - 0.90) / 0.07) ** 2 + ((v - 0.68) / 0.10) ** 2)) * 1.2,
+    (0.28, 0.40, 0.27),
+    0.75,
+  )
   room = gaussian_filter(room, (7, 7, 0))
   room *= (1 - 0.16 * ((u - 0.5) ** 2 + (v - 0.45) ** 2) / 0.35)[..., None]
   at = (np.arange(size_px) + 0.5) / size_px * 256 - 0.5

@@ -18,7 +18,7 @@ from uajax.errors import UserError
 from uajax.types import EXPRESSION, FPS, SAMPLE_RATE_HZ
 
 EMOTIONS = ("neutral", "happy", "sad", "angry", "surprised")
-AU_NAMES = (
+AU_NAMES: tuple[str, ...] = (
   "AU01", "AU02", "AU04", "AU05", "AU06", "AU07", "AU12", "AU15", "AU23", "AU25", "AU26", "AU45",
 )  # fmt: skip
 EXPRESSION_NAMES = MOUTH_CONTROLS + tuple(name for name in AU_NAMES if name != "AU45")
@@ -130,7 +130,11 @@ def held_out_script(seed: int = 0) -> tuple[Line, ...]:
   0.6: training knows happy only at 1.0 and 0.35.
   """
   emotion, intensity = HELD_OUT_EMOTION
-  texts = ("maybe robot family wave", "yes keep simple shadow game", "follow about banana paper zoo")
+  texts = (
+    "maybe robot family wave",
+    "yes keep simple shadow game",
+    "follow about banana paper zoo",
+  )
   text = texts[seed % len(texts)] + " " + texts[(seed + 1) % len(texts)]
   return (Line(text, seed, emotion, intensity, None),)
 
@@ -158,7 +162,9 @@ def perform(person: Person, script: Sequence[Line], seed: int = 0) -> Performanc
   step_s = (np.arange(steps) + 0.5) * voice.STEP_S
   frame_s = (np.arange(frames) + 0.5) / FPS
 
-  line_of = np.clip(np.searchsorted([end for _, end in spans], step_s, side="right"), 0, len(spans) - 1)
+  line_of = np.clip(
+    np.searchsorted([end for _, end in spans], step_s, side="right"), 0, len(spans) - 1
+  )
   manner = _smooth(_manner_tracks(script)[line_of], 0.30)
   faces = _smooth(_face_tracks(script)[line_of], 0.40)
   intensity = _smooth(np.array([line.intensity for line in script])[line_of][:, None], 0.30)[:, 0]
@@ -172,7 +178,8 @@ def perform(person: Person, script: Sequence[Line], seed: int = 0) -> Performanc
   tract = _tract_track(person, timeline, step_s, manner, stress, spans)
   rng_voice, rng_body = rng.spawn(2)
   wav = voice.speak(tract, rng_voice, stature=_stature(person))
-  wav = np.tanh(0.22 * wav).astype(np.float32)
+  wav = np.tanh(0.22 * wav) + 2e-4 * rng_voice.standard_normal(len(wav))  # with the room's hush
+  wav = (np.round(wav * 32768) / 32768).astype(np.float32)  # as a file of 16 bits holds it
 
   at = lambda track: _sample(track, step_s, frame_s)  # noqa: E731
   mouth_f = np.clip(at(mouth), 0, 1)
@@ -184,7 +191,9 @@ def perform(person: Person, script: Sequence[Line], seed: int = 0) -> Performanc
   au *= wander[:, None]
   au[:, column("AU01")] += 0.5 * accent
   au[:, column("AU02")] += 0.7 * accent
-  jaw, close, part, tuck = (mouth_f[:, MOUTH_CONTROLS.index(k)] for k in ("jaw", "close", "part", "tuck"))
+  jaw, close, part, tuck = (
+    mouth_f[:, MOUTH_CONTROLS.index(k)] for k in ("jaw", "close", "part", "tuck")
+  )
   au[:, column("AU25")] = 5 * (jaw + 0.3 * part) * (1 - close) * (1 - 0.7 * tuck)
   au[:, column("AU26")] = 5 * jaw
   au[:, column("AU45")] = 2 * blink
@@ -220,7 +229,7 @@ def corpus(
   (wav float32 [n], index into EMOTIONS, intensity 0..1, expression float32 [f 64]).
   """
   rng = np.random.default_rng([11, seed])
-  for k in range(utterances):
+  for _ in range(utterances):
     speaker = person or Person(seed=int(rng.integers(1 << 31)))
     label = int(rng.integers(len(EMOTIONS)))
     intensity = float(rng.uniform(0.25, 1.0))

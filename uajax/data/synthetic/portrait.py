@@ -48,7 +48,9 @@ def render_frames(
   images, backgrounds, torsos, classes, teeth, landmarks, poses, gaps = ([] for _ in range(8))
   bar = Progress("film", len(performance.pose)) if progress else None
   sway = _follow(performance.pose)
-  for pose, trunk, mouth, au in zip(performance.pose, sway, performance.mouth, performance.au, strict=True):
+  for pose, trunk, mouth, au in zip(
+    performance.pose, sway, performance.mouth, performance.au, strict=True
+  ):
     shot = stage.shoot(pose, trunk, mouth, au)
     behind = shot.torso_color + (1 - shot.torso_alpha) * stage.plate  # premultiplied
     images.append(_bytes(shot.head_color + (1 - shot.head_alpha) * behind))
@@ -75,11 +77,11 @@ def render_frames(
 def mouth_opening(image, lips) -> float:
   """Height in pixels of the open mouth as the picture shows it.
 
-  Counts, in the middle third of the lips' square, how much of each pixel is too dark to be lip
-  (the mouth's inside) or too pale (teeth), against the brightness of the skin around. Works on
-  any picture whose mouth lies there: a rendering and its truth are measured with the same
-  square. Soft, so that blur biases it little; a closed mouth reads about a pixel for the
-  shadow between the lips.
+  In each column of the middle third of the lips' square, looks for the red of the upper and of
+  the lower lip and adds up what between them is not lip: pale (teeth) or dark (the inside).
+  Reds are taken relative to the picture's own lips and skin. A pixel half lip counts half, so
+  that small pictures and blur are measured fairly. Works on any picture whose mouth lies
+  there: a rendering and its truth are measured with the same square.
 
   Args:
     image: uint8 0..255 or float 0..1, [h w 3].
@@ -91,18 +93,32 @@ def mouth_opening(image, lips) -> float:
   r0, r1, c0, c1 = lip_square(lips) if np.ndim(lips) == 2 else np.asarray(lips)
   height, width = picture.shape[:2]
   middle, reach, across = 0.5 * (r0 + r1), 0.5 * (r1 - r0), c1 - c0
-  top, bottom = round(middle - 0.58 * reach), round(middle + 0.66 * reach)
-  left, right = round(c0 + across / 3), round(c1 - across / 3)
   square = picture[max(r0, 0) : min(r1, height), max(c0, 0) : min(c1, width)]
+  # nostrils above and the chin's shadow below stay outside
+  top, bottom = round(middle - 0.60 * reach), round(middle + 0.75 * reach)
+  left, right = round(c0 + across / 3), round(c1 - across / 3)
   box = picture[max(top, 0) : min(bottom, height), max(left, 0) : min(max(right, left + 1), width)]
-  if not box.size:
+  if not box.size or not square.size:
     return 0.0
-  skin = np.percentile(square.max(axis=-1), 80)
-  value = box.max(axis=-1)
-  redness = (box[..., 0] - box[..., 2]) / np.maximum(value, 1e-3)
-  dark = np.clip((0.62 * skin - value) / (0.25 * skin), 0, 1)
-  pale = np.clip((0.26 - redness) / 0.10, 0, 1)
-  return float(np.maximum(dark, pale).sum(axis=0).mean())
+
+  def redness(pixels):
+    value = pixels.max(axis=-1)
+    return (pixels[..., 0] - pixels[..., 1]) / np.maximum(value, 0.05), value
+
+  red, value = redness(square)
+  bright = value > 0.35
+  if not bright.any():
+    return 0.0
+  skin, lip = np.median(red[bright]), np.percentile(red[bright], 95)
+  light = np.percentile(value, 80)
+  red, value = redness(box)
+  pale = np.clip((lip - red) / max(lip - 0.05, 0.1), 0, 1)
+  dark = np.clip((0.45 * light - value) / (0.25 * light), 0, 1)
+  is_lip = (red > skin + 0.35 * (lip - skin)) & (value > 0.30 * light)
+  below_upper = np.cumsum(is_lip, axis=0) > 0
+  above_lower = np.cumsum(is_lip[::-1], axis=0)[::-1] > 0
+  between = below_upper & above_lower
+  return float((np.maximum(pale, dark) * between).sum(axis=0).mean())
 
 
 def lip_square(landmarks: Float[np.ndarray, "68 2"]) -> np.ndarray:
@@ -167,7 +183,9 @@ class _Stage:
     color, alpha, labels, bright = self._layer(world, normal, self.head.triangles, tone, fine)
     body, tint, neck_triangles, triangles = self.torso
     lean = _matrix(trunk)
-    neck = np.clip((body[:, 1] + 0.160) / 0.075, 0, 1)[:, None] * (body[:, 1] > -0.166)[:, None] * 0.8
+    neck = (
+      np.clip((body[:, 1] + 0.160) / 0.075, 0, 1)[:, None] * (body[:, 1] > -0.166)[:, None] * 0.8
+    )
     still = body @ lean[:3, :3].T + lean[:3, 3]
     turned = body @ motion[:3, :3].T + motion[:3, 3]
     still = still + neck * (turned - still)
@@ -182,10 +200,11 @@ class _Stage:
 
     labels = np.where(labels == types.BACKGROUND, t_labels, labels)
     classes = _vote(labels, self.super)
+    teeth = (_pool(bright, self.super) > 0.5) & (classes == types.MOUTH)
     c2w = np.linalg.inv(motion) @ _translation(_CAMERA)
     return _Shot(
       _pool(color, self.super), _pool(alpha, self.super), _pool(t_color, self.super),
-      _pool(t_alpha, self.super), classes, (_pool(bright, self.super) > 0.5) & (classes == types.MOUTH),
+      _pool(t_alpha, self.super), classes, teeth,
       self._landmarks(points, world, unit, blink), c2w, gap_m,
     )  # fmt: skip
 
@@ -286,7 +305,8 @@ def _torso(look):
   heights = (-0.05, -0.09, -0.125, -0.145, -0.17, -0.20)
   neck = stack(
     np.linspace(-0.05, -0.20, 60), (heights, (0.046, 0.044, 0.045, 0.053, 0.072, 0.110)),
-    (heights, (0.050, 0.048, 0.047, 0.049, 0.056, 0.062)), (heights, (-0.022, -0.022, -0.02, -0.018, -0.016, -0.016)),
+    (heights, (0.050, 0.048, 0.047, 0.049, 0.056, 0.062)),
+    (heights, (-0.022, -0.022, -0.020, -0.018, -0.016, -0.016)),
   )  # fmt: skip
   heights = (-0.138, -0.146, -0.156, -0.172, -0.192, -0.22, -0.34)
   shirt = stack(
@@ -297,18 +317,28 @@ def _torso(look):
   dip = 0.034 * np.exp(-0.5 * (shirt[..., 0] / 0.040) ** 2) * (shirt[..., 2] > -0.018)
   shirt[..., 1] -= dip * np.exp(-np.clip(-0.138 - shirt[..., 1], 0, 1) / 0.05)
   shade = 0.56 + 0.44 * heads._step(-0.098, -0.148, neck[..., 1])
-  cords = 1 - 0.10 * np.exp(-0.5 * ((np.abs(neck[..., 0]) - 0.017) / 0.005) ** 2) * heads._step(-0.10, -0.15, neck[..., 1])
-  skin = look.skin * np.array([0.97, 0.93, 0.91]) * (shade * cords)[..., None] ** np.array([0.9, 1.1, 1.15])
+  cords = 1 - 0.10 * np.exp(-0.5 * ((np.abs(neck[..., 0]) - 0.017) / 0.005) ** 2) * heads._step(
+    -0.10, -0.15, neck[..., 1]
+  )
+  skin = (
+    look.skin
+    * np.array([0.97, 0.93, 0.91])
+    * (shade * cords)[..., None] ** np.array([0.9, 1.1, 1.15])
+  )
   row = np.arange(90)[:, None] + 0 * shirt[..., 0]
   band = heads._step(7.5, 5.5, row)
   weave = 1 + 0.05 * np.sin(shirt[..., 0] * 260) * np.sin(shirt[..., 1] * 90)
-  folds = 1 - 0.10 * np.exp(-0.5 * ((np.abs(shirt[..., 0]) - 0.085 + 0.3 * (shirt[..., 1] + 0.16)) / 0.007) ** 2)
+  folds = 1 - 0.10 * np.exp(
+    -0.5 * ((np.abs(shirt[..., 0]) - 0.085 + 0.3 * (shirt[..., 1] + 0.16)) / 0.007) ** 2
+  )
   cloth = look.shirt * (weave * folds * (1 - 0.22 * band))[..., None]
 
   def quads(offset, rows, columns):
     ids = offset + np.arange(rows * columns).reshape(rows, columns)
     a, b, c, d = ids[:-1, :-1], ids[:-1, 1:], ids[1:, :-1], ids[1:, 1:]
-    return np.concatenate([np.stack([a, c, b], -1).reshape(-1, 3), np.stack([b, c, d], -1).reshape(-1, 3)])
+    return np.concatenate(
+      [np.stack([a, c, b], -1).reshape(-1, 3), np.stack([b, c, d], -1).reshape(-1, 3)]
+    )
 
   upper = quads(0, 60, 141)
   lower = quads(60 * 141, 90, 141)
@@ -324,10 +354,14 @@ def _marks(head, half):
   x = heads.half_width(y, head.shape) * np.sin(azimuth)
   jaw = np.concatenate([np.stack([-x, y], 1), np.stack([x, y], 1)[-2::-1]])
   t = np.linspace(0.98, 0.03, 5)
-  brow = np.stack([0.0125 + 0.036 * t, heads.BROW_Y + 0.0045 * np.sin(np.pi * (0.15 + 0.75 * t)) - 0.0015], 1)
+  brow = np.stack(
+    [0.0125 + 0.036 * t, heads.BROW_Y + 0.0045 * np.sin(np.pi * (0.15 + 0.75 * t)) - 0.0015], 1
+  )
   brows = np.concatenate([brow * [-1, 1], brow[::-1]])
   nose = np.stack([np.zeros(4), np.linspace(0.013, heads.NOSE_Y + 0.0100, 4)], 1)
-  base = np.stack([np.linspace(-1, 1, 5) * 0.0125, heads.NOSE_Y - 0.0015 * np.array([0, 0.7, 1, 0.7, 0])], 1)
+  base = np.stack(
+    [np.linspace(-1, 1, 5) * 0.0125, heads.NOSE_Y - 0.0015 * np.array([0, 0.7, 1, 0.7, 0])], 1
+  )
   eyes = np.zeros((12, 2))
   at = np.array([-1, -0.62, -0.2, 0.2, 0.62, 1]) * 1.0
   lips = []
@@ -369,7 +403,14 @@ def _follow(pose):
 def _matrix(pose):
   """Head to world: pitch down, then yaw, then the rest, [4 4]."""
   pitch, yaw, roll = pose[:3]
-  cx, sx, cy, sy, cz, sz = np.cos(pitch), np.sin(pitch), np.cos(yaw), np.sin(yaw), np.cos(roll), np.sin(roll)
+  cx, sx, cy, sy, cz, sz = (
+    np.cos(pitch),
+    np.sin(pitch),
+    np.cos(yaw),
+    np.sin(yaw),
+    np.cos(roll),
+    np.sin(roll),
+  )
   rx = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
   ry = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
   rz = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
@@ -388,7 +429,10 @@ def _translation(by):
 
 def _pool(samples, factor):
   """Mean over squares of factor x factor samples."""
-  total = sum(samples[i::factor, j::factor] for i in range(factor) for j in range(factor))
+  total = np.zeros_like(samples[::factor, ::factor])
+  for i in range(factor):
+    for j in range(factor):
+      total += samples[i::factor, j::factor]
   return total / factor**2
 
 

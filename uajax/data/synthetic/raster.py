@@ -64,8 +64,16 @@ def normals(points: Float[np.ndarray, "v 3"], triangles: Int[np.ndarray, "t 3"])
   out = np.zeros_like(points)
   for t in range(len(triangles)):
     a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-    ux, uy, uz = points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
-    vx, vy, vz = points[c, 0] - points[a, 0], points[c, 1] - points[a, 1], points[c, 2] - points[a, 2]
+    ux, uy, uz = (
+      points[b, 0] - points[a, 0],
+      points[b, 1] - points[a, 1],
+      points[b, 2] - points[a, 2],
+    )
+    vx, vy, vz = (
+      points[c, 0] - points[a, 0],
+      points[c, 1] - points[a, 1],
+      points[c, 2] - points[a, 2],
+    )
     nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
     for j in range(3):
       k = triangles[t, j]

@@ -67,8 +67,7 @@ def training_frames(frames: int) -> int:
 def _write(target, person, script, seed, played: Performance, film: portrait.Film) -> None:
   from uajax.speech import features  # librosa takes a second to load
 
-  heard = (np.round(np.clip(played.wav, -1, 1) * 32767) / 32768).astype(np.float32)  # as in the file
-  windows = np.asarray(features.mel_windows(heard, len(film.image)), np.float32)
+  windows = np.asarray(features.mel_windows(played.wav, len(film.image)), np.float32)
   units = dict(zip(AU_NAMES, played.au.T, strict=True))
   still = np.zeros(len(played.au))
   c2w = film.c2w.copy()
@@ -91,7 +90,9 @@ def _write(target, person, script, seed, played: Performance, film: portrait.Fil
       plate=film.plate,
       windows={"mel": windows},
       expression=performance.expression(played),
-      emotions=[(EMOTIONS[e], float(x)) for e, x in zip(played.emotion, played.intensity, strict=True)],
+      emotions=[
+        (EMOTIONS[e], float(x)) for e, x in zip(played.emotion, played.intensity, strict=True)
+      ],
     )
     _write_truth(w.path / "truth", person, script, seed, played, film)
 

@@ -17,8 +17,8 @@ _HOP = round(STEP_S * SAMPLE_RATE_HZ)
 _WINDOW = 4 * _HOP
 _FFT = 1024  # long enough for the narrowest formant to ring out
 _BINS_HZ = np.fft.rfftfreq(_FFT, 1 / SAMPLE_RATE_HZ)
-_BANDWIDTHS_HZ = (70.0, 95.0, 140.0, 250.0, 350.0)
-_UPPER_HZ = (3500.0, 4500.0)  # the formants that hardly move
+_BANDWIDTHS_HZ = (70.0, 95.0, 140.0, 220.0, 280.0, 350.0, 420.0, 500.0)
+_UPPER_HZ = (3500.0, 4500.0, 5500.0, 6500.0, 7500.0)  # the formants that hardly move
 
 
 class Tract(NamedTuple):
@@ -33,7 +33,9 @@ class Tract(NamedTuple):
   tilt_db: Float[np.ndarray, " s"]  # at 3 kHz: positive is a softer, duller voice
 
 
-def speak(tract: Tract, rng: np.random.Generator, *, stature: float = 1.0) -> Float[np.ndarray, " n"]:
+def speak(
+  tract: Tract, rng: np.random.Generator, *, stature: float = 1.0
+) -> Float[np.ndarray, " n"]:
   """The sound pressure, float64, not yet scaled; n = s * 80.
 
   `stature` divides the formants of the table (1 for the reference speaker, less for a shorter
@@ -69,7 +71,7 @@ def _glottis(f0_hz: Float[np.ndarray, " n"], rng) -> Float[np.ndarray, " n"]:
 
 def _formants(tract: Tract, stature: float) -> np.ndarray:
   """Cascade of second-order resonators, unit gain at 0 Hz, [s b] complex."""
-  upper = np.broadcast_to(np.array(_UPPER_HZ), (len(tract.f0_hz), 2))
+  upper = np.broadcast_to(np.array(_UPPER_HZ), (len(tract.f0_hz), len(_UPPER_HZ)))
   centres = np.concatenate([tract.formants_hz, upper], axis=1) / stature
   s = (2j * np.pi * _BINS_HZ)[None, :]
   gain = np.ones((len(centres), len(_BINS_HZ)), complex)
