@@ -6,6 +6,8 @@ is the second argument.
 Axes: h w pixels, c channels, n splats, p side of a square patch, k patches.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,9 +61,8 @@ def _blur(images: Float[Array, "k h w"]) -> Float[Array, "k h w"]:
     pad = [(0, 0)] * 3
     pad[axis] = (_RADIUS, _RADIUS)
     padded = jnp.pad(images, pad)
-    images = sum(
-      tap * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, tap in enumerate(_TAPS)
-    )
+    shifted = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(len(_TAPS)))
+    images = functools.reduce(jnp.add, (tap * x for tap, x in zip(_TAPS, shifted, strict=True)))
   return images
 
 

@@ -139,7 +139,7 @@ def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ) -> Float32[n
       samples = samples[: max(1, length)]
     video = next(_moving(container), None)
     if video is not None:
-      begin_s = float((video.start_time or 0) * video.time_base)
+      begin_s = float((video.start_time or 0) * (video.time_base or 0))
       late = round(((first_s or 0.0) - begin_s) * rate)
       samples = np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
     return np.clip(np.nan_to_num(samples), -1, 1).astype(np.float32)
@@ -188,7 +188,8 @@ def write_video(
   with aside(path) as partial, av.open(
     str(partial), "w", format="mp4", options={"movflags": "+faststart"}
   ) as container:
-    picture = sound = shape = None
+    picture = sound = None
+    shape = (0, 0, 0)
     for frame in frames:
       frame = np.asarray(frame)
       if picture is None:
@@ -295,6 +296,7 @@ def _require_file(path) -> None:
 
 def _open(path) -> "av.container.InputContainer":
   import av
+  import av.error
 
   _require_file(path)
   try:
@@ -345,7 +347,7 @@ def _duration_s(container, stream) -> float | None:
 
 def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
   """Frames of one stream. Says so where the file ends before its header says."""
-  import av
+  import av.error
 
   count, reached_s = 0, 0.0
 

@@ -40,10 +40,11 @@ def test_ssim_of_equal_pictures_is_one_and_cannot_rise():
 def test_ssim_gradient_is_that_of_its_values(argument):
   a, b = _pair((14, 13))
   step = jax.random.normal(jax.random.key(2), a.shape)
-  grad = jax.grad(losses.ssim, argument)(a, b)
+  grad = jax.jit(jax.grad(losses.ssim, argument))(a, b)
   with jax.enable_x64(True):
     a, b, step = (jnp.asarray(np.asarray(x), jnp.float64) for x in (a, b, step))
-    move = lambda t: losses.ssim(*((a + t * step, b) if argument == 0 else (a, b + t * step)))
+    move = jax.jit(
+      lambda t: losses.ssim(*((a + t * step, b) if argument == 0 else (a, b + t * step))))
     slope = (move(1e-4) - move(-1e-4)) / 2e-4
   np.testing.assert_allclose(jnp.sum(grad * np.asarray(step, np.float32)), slope, rtol=2e-4)
 

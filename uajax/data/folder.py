@@ -318,7 +318,7 @@ class Writer:
     self.path = path  # where the files lie until all is done; more may be put there
     self.pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
     self._waiting: collections.deque = collections.deque()
-    self._size = None
+    self._size: tuple[int, ...] = ()
     self._numbers: list[int] = []
     self.finished = False
     for name in ("ori_imgs", "gt_imgs", "torso_imgs", "parsing", "teeth_mask"):
@@ -715,7 +715,7 @@ def _image_size(file: pathlib.Path) -> tuple[int, int]:
     raise UserError(f"{file} is a damaged picture ({error}): preprocess again") from error
 
 
-def _require_size(file: pathlib.Path, found: tuple[int, int], size: tuple[int, int]) -> None:
+def _require_size(file: pathlib.Path, found: tuple[int, ...], size: tuple[int, ...]) -> None:
   if found != size:
     raise UserError(
       f"{file} is {found[0]}x{found[1]}, bc.jpg is {size[0]}x{size[1]}: all pictures of a subject "

@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import absl.logging
 import numpy as np
@@ -83,12 +84,14 @@ class Subject(tfds.core.GeneratorBasedBuilder):
       for split in folder.SPLITS
     }
     plate = (pathlib.Path(where) / "bc.jpg").read_bytes()
-    self.info.metadata["plate"] = base64.b64encode(plate).decode()
     # Columns that are wanted of all frames at once lie here too, to be had without a scan.
-    self.info.metadata["columns"] = {
+    columns = {
       split: {n: c.tolist() for n, c in (*source.guide._asdict().items(), ("id", source.ids))}
       for split, source in sources.items()
     }
+    metadata = self.info.metadata
+    assert metadata is not None  # made in _info
+    metadata.update(plate=base64.b64encode(plate).decode(), columns=columns)
     return {split: self._generate_examples(source) for split, source in sources.items()}
 
   def _generate_examples(self, source):
@@ -126,8 +129,9 @@ class Source(Sequence):
       folder.require_priors(path, split)
     self._builder = prepare(path, cache_dir, audio=audio)
     with _quiet():
-      self._records = self._builder.as_data_source(split=split)
+      self._records: Any = self._builder.as_data_source(split=split)  # pyright: ignore
     metadata = self._builder.info.metadata
+    assert metadata is not None
     columns = metadata["columns"][split]
     self.ids = np.asarray(columns["id"], np.int32)
     self.guide = types.Guide(*(np.asarray(columns[n], np.float32) for n in types.Guide._fields))
