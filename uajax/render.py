@@ -4,8 +4,6 @@ Applied motion (method.md C.3): displaced means, softplus of displaced raw scale
 quaternions, unchanged opacities. Axes: n splats, h w pixels, f features.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -27,7 +25,7 @@ def render_layer(
   background: Float[Array, " 3"],
   active_sh: Int[Array, ""] | None = None,
   features: Float[Array, "n f"] | None = None,
-  detached: Any = None,
+  detached: bool | tuple[int, ...] | None = None,
   probe: Float[Array, "n 2"] | None = None,
   implementation: str | None = None,
   capacity: int | None = None,
@@ -62,5 +60,6 @@ def render_layer(
     means, quats, jax.nn.softplus(raw_scales), opacities, colors, camera.viewmat[None],
     camera.K[None], width, height, sh_degree=2, backgrounds=background[None], features=features,
     detached=detached, extent=extent, implementation=implementation, capacity=capacity,
-    probe=probe)
-  return drop_camera(out)
+    probe=None if probe is None else probe[None])
+  return out._replace(color=out.color[0], alpha=out.alpha[0], depth=out.depth[0],
+                      features=out.features[0], radii=out.radii[0])

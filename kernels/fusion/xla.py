@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+_SMALL = 12  # unknowns up to which a system is inverted in one elementwise loop
+
 
 def fuse(
   means: Float[Array, "m k n z"], log_vars: Float[Array, "m k n z"], ddof: int
@@ -46,7 +48,7 @@ class _System(NamedTuple):
   total: Float[Array, "n z"]  # sum of the precisions
   spread: Float[Array, "m i n z"]  # A_m
   coupling: Float[Array, "m i n z"]  # G: A_m / d_m
-  factor: Float[Array, "n q q"]  # lower Cholesky factor of the system
+  inverse: Float[Array, "n q q"]  # of the system
 
 
 def _helmert(count: int, ddof: int, dtype) -> Float[Array, "k i"]:
@@ -81,21 +83,56 @@ def _assemble(means, log_vars, ddof) -> _System:
     at = slice(m * width, (m + 1) * width)
     system = system.at[:, at, at].set(blocks[m])
   system = system + jnp.eye(size, dtype=system.dtype)[None]
-  factor = jnp.linalg.cholesky(system, symmetrize_input=False)
   return _System(precision=precision, centre=means.mean(1), total=total, spread=spread,
-                 coupling=coupling, factor=factor)
+                 coupling=coupling, inverse=_invert(system))
 
 
-def _solve(factor: Float[Array, "n q q"], b: Float[Array, "n q c"]) -> Float[Array, "n q c"]:
-  solve = functools.partial(jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True)
-  return solve(solve(b), transpose_a=True)
+def _invert(system: Float[Array, "n q q"]) -> Float[Array, "n q q"]:
+  """Inverse of symmetric matrices with eigenvalues >= 1, block by block.
+
+  LAPACK is out of the question: two of its batched factorisations at once wait for each other
+  for ever on a small machine (jaxlib 0.10), and it is slower besides. Large matrices are halved
+  by batched products; small ones are done with the splats last, where one elementwise loop does
+  them all. The inverse is kept, not a factor: the gradient and the traces use it again.
+  """
+  size = system.shape[1]
+  if size <= _SMALL:
+    return _invert_small(system.transpose(1, 2, 0)).transpose(2, 0, 1)
+  multiply = functools.partial(jnp.einsum, "nij,njk->nik", precision="highest")
+  return _by_halves(system, 1, _invert, multiply)
+
+
+def _invert_small(system: Float[Array, "q q n"]) -> Float[Array, "q q n"]:
+  if system.shape[0] == 1:
+    return 1 / system
+
+  def multiply(a, b):
+    return sum(a[:, k, None] * b[None, k] for k in range(b.shape[0]))
+
+  return _by_halves(system, 0, _invert_small, multiply)
+
+
+def _by_halves(system, rows: int, invert, multiply):
+  """[[a, b], [b^T, c]] through a^-1 and (c - b^T a^-1 b)^-1; `rows` is the axis of the rows."""
+  columns, half = rows + 1, system.shape[rows] // 2
+  above, below = jnp.split(system, [half], rows)
+  a, b = jnp.split(above, [half], columns)
+  c = below[(slice(None),) * columns + (slice(half, None),)]
+  inverse_a = invert(a)
+  w = multiply(inverse_a, b)
+  inverse_c = invert(c - multiply(b.swapaxes(rows, columns), w))
+  across = multiply(w, inverse_c)
+  above = jnp.concatenate(
+    [inverse_a + multiply(across, w.swapaxes(rows, columns)), -across], columns)
+  below = jnp.concatenate([-across.swapaxes(rows, columns), inverse_c], columns)
+  return jnp.concatenate([above, below], rows)
 
 
 def _unknowns(system: _System, b: Float[Array, "m i n"]) -> Float[Array, "m i n"]:
   """Solves for the member weights w."""
-  splats = b.shape[-1]
-  rows = b.reshape(-1, splats).T
-  return _solve(system.factor, rows[..., None])[..., 0].T.reshape(b.shape)
+  rows = b.reshape(-1, b.shape[-1])
+  w = jnp.einsum("nij,jn->in", system.inverse, rows, precision="highest")
+  return w.reshape(b.shape)
 
 
 def _weigh(columns: Float[Array, "m i n z"], w: Float[Array, "m i n"]) -> Float[Array, "m n z"]:
@@ -141,7 +178,6 @@ def _traces(means, log_vars, ddof):
   system = _assemble(means, log_vars, ddof)
   splats, latent = system.total.shape
   columns = (system.coupling / system.total[None, None]).reshape(-1, splats, latent)
-  half = jax.lax.linalg.triangular_solve(
-    system.factor, columns.transpose(1, 0, 2), left_side=True, lower=True
-  )
-  return (1 / system.total).sum(-1), jnp.square(half).sum((-2, -1))
+  doubt = jnp.einsum("inz,nij,jnz->n", columns, system.inverse, columns, precision="highest",
+                     optimize=[(0, 1), (0, 1)])
+  return (1 / system.total).sum(-1), doubt
