@@ -171,7 +171,7 @@ def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_de
 def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
   """Projects into all cameras: leaves [c n ...], the values [c n m] they show, how many broke.
 
-  The values are colour, depth, features and 1; the last makes alpha.
+  The values are colour, depth and features.
   """
   means, quats, scales, opacities, colors, features = splats
   whole = (project.finite(means, project.LIMIT) & project.finite(scales, project.LIMIT)
@@ -186,8 +186,7 @@ def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
     seen = project.project(means, quats, scales, opacities, viewmat, K, probe, width=width,
                            height=height, extent=extent, whole=whole)
     color = colors if sh_degree is None else project.shade(means, colors, viewmat, sh_degree)
-    ones = jnp.ones_like(seen.depth)[:, None]
-    return seen, jnp.concatenate([color, seen.depth[:, None], features, ones], 1)
+    return seen, jnp.concatenate([color, seen.depth[:, None], features], 1)
 
   seen, values = jax.vmap(look)(viewmats, Ks, probe)
   return seen, values, jnp.sum(~whole, dtype=jnp.int32)
@@ -202,13 +201,13 @@ def _assemble(shown, tiles, cameras):
 
 
 def _attached(width, detached):
-  """Which channels give gradient to the shapes: colour, depth, features, alpha."""
+  """Which values give gradient to the shapes: colour, depth, features."""
   if detached is True:
     detached = tuple(range(width))
   detached = tuple(detached or ())
   if any(not 0 <= i < width for i in detached):
     raise ValueError(f"{detached=} names channels beyond the {width} features")
-  return (True,) * 4 + tuple(i not in detached for i in range(width)) + (True,)
+  return (True,) * 4 + tuple(i not in detached for i in range(width))
 
 
 def _choose(platform, attached):

@@ -21,8 +21,10 @@ def composite(
     attached: tuple[bool, ...],
     width: int,
     height: int,
-) -> Float[Array, "m h w"]:
+) -> Float[Array, "m+1 h w"]:
   """Sums value * alpha * transmittance over the splats of each pixel, front to back.
+
+  The last channel is alpha: the same sum with the value 1.
 
   A splat is skipped where its alpha falls below 1/255 and outside its rectangle. Where it would
   bring the transmittance below 1e-4, the pixel is finished and the splat not drawn.
@@ -30,7 +32,8 @@ def composite(
   """
   x = jnp.arange(width, dtype=values.dtype)[None, :] + 0.5
   y = jnp.arange(height, dtype=values.dtype)[:, None] + 0.5
-  attached_channel = jnp.array(attached)[:, None, None]
+  values = jnp.concatenate([values, jnp.ones((len(values), 1), values.dtype)], 1)
+  attached_channel = jnp.array((*attached, True))[:, None, None]
   order = jnp.argsort(lax.stop_gradient(seen.depth), stable=True)
 
   def blend(carry, splat):

@@ -48,14 +48,14 @@ def composite(
     attached: tuple[bool, ...],
     tiles: Grid,
     config: Config,
-) -> Float[Array, "t m s"]:
-  """`reference.composite` tile by tile.
+) -> Float[Array, "t m+1 s"]:
+  """`reference.composite` tile by tile; the last channel is alpha.
 
   Args:
     shapes: mean x, y, conic xx, xy, yy, opacity of each splat.
     values: what the splats show.
     bins: the pairs.
-    attached: channels that give gradient to the shapes.
+    attached: which of the values give gradient to the shapes.
     tiles: of one camera.
     config: settings.
   """
@@ -65,8 +65,8 @@ def composite(
 def _forward(shapes, values, bins, attached, tiles, config):
   del attached
   blocks, groups = _cut(bins, config)
-  padded = _pad(shapes), _pad(values)
-  m, s = values.shape[1], tiles.side**2
+  padded = _pad(shapes), _pad(_with_one(values))
+  m, s = values.shape[1] + 1, tiles.side**2
   corner = _corners(tiles, len(bins.starts))
 
   def step(state):
@@ -101,11 +101,11 @@ def _forward(shapes, values, bins, attached, tiles, config):
 def _backward(attached, tiles, config, residuals, d_total):
   shapes, values, bins, light, shown, total = residuals
   blocks, groups = _cut(bins, config)
-  padded = _pad(shapes), _pad(values)
-  m, s = values.shape[1], tiles.side**2
+  padded = _pad(shapes), _pad(_with_one(values))
+  m, s = values.shape[1] + 1, tiles.side**2
   side = tiles.side
   corner = _corners(tiles, len(bins.starts))
-  mask = jnp.array(attached, values.dtype)
+  mask = jnp.array((*attached, True), values.dtype)
   d_total = jnp.concatenate([d_total, jnp.zeros((1, m, s), d_total.dtype)])
   d_shown = d_total[blocks.tile]
   # What each pixel shows, weighed by the cotangent, from this block on.
@@ -156,7 +156,7 @@ def _backward(attached, tiles, config, residuals, d_total):
   d_pairs = d_rows.reshape(-1, 6 + m)[flat]
   d_pairs = jnp.where((slot < bins.starts[-1])[:, None], d_pairs, 0)
   sums = sum_by_splat(d_pairs, bins)
-  return sums[:, :6], sums[:, 6:], None
+  return sums[:, :6], sums[:, 6:-1], None
 
 
 composite.defvjp(_forward, _backward)
@@ -275,6 +275,11 @@ def _corners(tiles: Grid, rows: int):
   index = jnp.arange(rows, dtype=jnp.int32) % (tiles.columns * tiles.rows)
   x, y = index % tiles.columns, index // tiles.columns
   return (x * tiles.side).astype(jnp.float32), (y * tiles.side).astype(jnp.float32)
+
+
+def _with_one(values):
+  """Values with a channel that makes alpha."""
+  return jnp.concatenate([values, jnp.ones((len(values), 1), values.dtype)], 1)
 
 
 def _pad(rows):
