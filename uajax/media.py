@@ -135,7 +135,7 @@ def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ) -> Float32[n
     if not samples.size:
       raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
     if stream.duration:  # codecs fill their last block; the container knows where sound ends
-      length = math.ceil(float(stream.duration * stream.time_base) * rate - 1e-6)
+      length = math.ceil(stream.duration * (stream.time_base or 0) * rate)
       samples = samples[: max(1, length)]
     video = next(_moving(container), None)
     if video is not None:
