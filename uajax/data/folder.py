@@ -685,7 +685,8 @@ def _require_pictures(path: pathlib.Path, ids: np.ndarray) -> tuple[bool, frozen
 
 
 def _classes(colours: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
-  packed = (colours.astype(np.uint32) << np.asarray([16, 8, 0], np.uint32)[None, None, :]).sum(-1)
+  red, green, blue = (colours[..., i].astype(np.uint32) for i in range(3))
+  packed = red << 16 | green << 8 | blue
   classes = np.full(packed.shape, types.BACKGROUND, np.uint8)
   for kind, (r, g, b) in COLOURS.items():
     classes[packed == (r << 16 | g << 8 | b)] = kind
