@@ -118,7 +118,8 @@ class Segmenter:
       total = own.sum(-1)
       apart = np.abs(own / np.maximum(total, 1)[..., None] - tint[None, None]).sum(-1)
       bright = total / max(float(skin.sum()), 1.0)
-      likeness = np.exp(-((apart / 0.12) ** 2)) * np.clip((bright - 0.25) / 0.2, 0, 1)
+      loose = 0.12 + 0.3 * np.clip(0.6 - bright, 0, 1)  # skin in shadow has little colour
+      likeness = np.exp(-((apart / loose) ** 2)) * np.clip((bright - 0.08) / 0.1, 0, 1)
     throat = np.stack([
       points[136, :2], points[365, :2],
       points[365, :2] + down * width * 0.5, points[136, :2] + down * width * 0.5,
@@ -179,16 +180,19 @@ def classify(
     likeliest = np.argmax(layers[..., 1:], axis=2).astype(np.uint8) + 1
     spot = small[holes]
     classes[spot] = likeliest[spot]
-  # Each other layer loses its specks to whatever lies around them.
-  for label in (FACE, HAIR, NECK):
+  # Each layer loses its specks to what lies nearest.
+  speck = np.zeros((h, w), bool)
+  for label in (FACE, HAIR, NECK, TORSO):
     pieces, count = ndi.label(classes == label)
     if count > 1:
       sizes = np.bincount(pieces.ravel())
       sizes[0] = 0
-      speck = (sizes < 0.1 * sizes.max())[pieces] & (pieces > 0)
-      others = layers.copy()
-      others[..., label] = -1
-      classes[speck] = np.argmax(others, axis=2)[speck]
+      speck |= (sizes < 0.1 * sizes.max())[pieces] & (pieces > 0)
+  if speck.any():
+    r, c = ndi.distance_transform_edt(
+      speck | (classes == BACKGROUND), return_distances=False, return_indices=True
+    )
+    classes[speck] = classes[r[speck], c[speck]]
   gap = np.linalg.norm(points[13, :2] - points[14, :2])
   if gap > 0.004 * h:
     classes[fill_polygon(points[marks.INNER_LIPS, :2], h, w) > 0.5] = MOUTH

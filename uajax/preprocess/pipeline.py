@@ -45,6 +45,7 @@ BUNDLE = "face_landmarker.task"
 PERSON = "selfie_segmentation.tflite"
 HAIR_MATTE = "hair_segmentation.tflite"
 PARSER = "bisenetv2_celebamaskhq_448x448_integer_quant.tflite"
+SHEET_PX = 448  # height of the contact sheet's cells
 NAMES = {FACE: "face", HAIR: "hair", MOUTH: "mouth", NECK: "neck", TORSO: "torso"}
 PALETTE = np.array(  # of the overlays
   [[40, 40, 40], [255, 160, 120], [120, 60, 0], [255, 0, 80], [240, 240, 0], [0, 160, 255]], np.uint8
@@ -456,8 +457,8 @@ def _write(work, video, out, plan, read, tracked, measures, report, took, began,
           (
             _draw_points(image, points, projected[f]),
             _draw_classes(image, classes, teeth),
-            truth,
-            folder.over(torso, plate),
+            _scale(truth),
+            _scale(folder.over(torso, plate)),
           ),
           strict=True,
         ):
@@ -480,7 +481,7 @@ def _write(work, video, out, plan, read, tracked, measures, report, took, began,
     report["seconds"] = {**took, "all": round(time.monotonic() - began, 1)}
     (writer.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     labels = [f"frame {f}: {why}" for f, why in sorted(shown.items())]
-    contact.write_sheet(writer.path / "contact_sheet.png", sheet, labels, height_px=320)
+    contact.write_sheet(writer.path / "contact_sheet.png", sheet, labels, height_px=SHEET_PX)
 
 
 def _leave_out(path: pathlib.Path, missing: Bool[np.ndarray, " f"]) -> None:
@@ -573,9 +574,9 @@ def _warn(report, read: Read, units, measures) -> list[str]:
       " keeps it"
     )
   if report["masks_by"] != "19-class parser":
+    why = "is not at hand" if report["settings"]["parser"] else "was not wanted"
     out.append(
-      f"masks come from mattes and landmarks ({PARSER} is not at hand): neck and hair edges are"
-      " rougher"
+      f"masks come from mattes and landmarks ({PARSER} {why}): neck and hair edges are rougher"
     )
   return out
 
@@ -593,14 +594,15 @@ def _choose_shown(used, measures, units) -> dict[int, str]:
 
 def _draw_points(image, points, still) -> np.ndarray:
   """Landmarks green, the tracked face's still points red, iBUG's 68 yellow."""
-  picture = Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2))
+  scale = SHEET_PX / image.shape[0]
+  picture = Image.fromarray(image).resize((SHEET_PX, SHEET_PX))
   pen = ImageDraw.Draw(picture)
-  for x, y in points[:, :2]:
-    pen.point([(2 * x, 2 * y), (2 * x + 1, 2 * y)], fill=(0, 255, 0))
-  for x, y in landmarks.to_ibug(points)[:, :2]:
-    pen.ellipse((2 * x - 2, 2 * y - 2, 2 * x + 1, 2 * y + 1), fill=(255, 255, 0))
-  for x, y in still:
-    pen.point([(2 * x, 2 * y), (2 * x, 2 * y + 1)], fill=(255, 0, 0))
+  for some, colour, size in (
+    (points, (0, 255, 0), 0.5), (landmarks.to_ibug(points), (255, 255, 0), 1.5),
+    (still, (255, 0, 0), 0.5),
+  ):  # fmt: skip
+    for x, y in some[:, :2] * scale:
+      pen.ellipse((x - size, y - size, x + size, y + size), fill=colour)
   return np.asarray(picture)
 
 
@@ -608,7 +610,11 @@ def _draw_classes(image, classes, teeth) -> np.ndarray:
   mixed = image // 2 + PALETTE[classes] // 2
   mixed[classes == BACKGROUND] = image[classes == BACKGROUND] // 3
   mixed[teeth] = 255
-  return mixed
+  return _scale(mixed)
+
+
+def _scale(image) -> np.ndarray:
+  return np.asarray(Image.fromarray(image).resize((SHEET_PX, SHEET_PX)))
 
 
 def _quantiles(values) -> dict[str, float]:

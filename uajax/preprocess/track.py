@@ -32,7 +32,10 @@ SHAPE_SPREAD_M = 0.004  # how far a person's face point lies from the average's
 MOVING_SPREAD_M = 0.004  # how far expression moves a lip; a tenth of it on still regions
 NOISE_PX = 1.0  # landmark noise at which a residual counts half; grows with the picture
 MEMORY_FRAMES = 10  # landmark errors stay alike that long: so many frames count as one
-CUTOFF_HZ = 5.0  # head motion above it is taken for noise
+# Half of a head motion of this frequency is kept. Held against the optical flow of the nose bridge,
+# poses follow real motion up to there; above, the landmarks' scatter outweighs it.
+PASS_HZ = 8.0
+JITTER_HZ = 5.0  # motion above it counts as shaking in the report
 DIRECTIONS = 12
 FOCAL_PRIOR = (2.4, 0.3)  # of image widths, and its spread in the logarithm
 
@@ -48,7 +51,7 @@ class Track(NamedTuple):
   weights: Float[np.ndarray, " p"]  # how still each landmark is, 0..1
   reprojection_px: float  # RMS of the still landmarks
   held_out_px: float  # RMS of still landmarks that the pose was fitted without
-  jitter_px: float  # RMS motion above CUTOFF_HZ of points fixed to the head
+  jitter_px: float  # RMS motion above JITTER_HZ of points fixed to the head
   raw_jitter_px: float  # the same, were poses not tied in time
 
 
@@ -155,7 +158,7 @@ def unproject(
   return np.einsum("fba,fpb->fpa", rotations, at - translations[:, None, :])
 
 
-def jitter(pixels: Float[np.ndarray, "f p 2"], cutoff_hz: float = CUTOFF_HZ) -> float:
+def jitter(pixels: Float[np.ndarray, "f p 2"], cutoff_hz: float = JITTER_HZ) -> float:
   """RMS length in pixels of what moves faster than `cutoff_hz`."""
   if len(pixels) < 8:
     return 0.0
@@ -324,7 +327,7 @@ def _smooth(problem: _Problem, raw: _Raw) -> _Poses:
   values = np.concatenate([turns, raw.translations], 1)
   metric = np.median(raw.information[known], axis=0)
   metric = (metric + metric.T) / 2 + 1e-6 * np.trace(metric) * np.eye(6)
-  strength = 1 / (2 * np.sin(np.pi * CUTOFF_HZ / FPS)) ** 4
+  strength = 1 / (2 * np.sin(np.pi * PASS_HZ / FPS)) ** 4
   bands = np.zeros((18, frames * 6))  # lower form: bands[i - j, j] = A[i, j]
 
   def add(a: int, b: int, block: np.ndarray) -> None:
