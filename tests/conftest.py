@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["UAJAX_OFFLINE"] = "1"  # no test fetches anything
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 if (SHARED / "models").is_dir():
