@@ -108,6 +108,7 @@ def synthesize(
   sound = media.read_audio(audio)
   media.check_speech(sound, audio)
   frames = features.frame_count(len(sound))
+  source = open_source(run, "train", subject, priors=False)
   avatar = run.avatar()
   extractors = extract.load(run.extractors)
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
@@ -118,7 +119,6 @@ def synthesize(
       f"{run.path} listens to {channels}-channel {run.experiment.model.audio} windows, which are "
       f"not computed from a recording here: train with --model.audio mel"
     )
-  source = open_source(run, "train", subject, priors=False)
   numbers = [source.numbers(i) for i in range(len(source))]
   cameras = [camera for camera, _, _ in numbers]
   poses = walk(frames, source.ids)

@@ -35,7 +35,11 @@ def avatar(seed: int = 0, splats: int = 16) -> Avatar:
   shapes = jax.eval_shape(lambda key: init_motion(key, MOTION), jax.random.key(0))
   layers = []
   for shape in shapes:
-    motion = jax.tree.map(lambda spec: 0.1 * normal(*spec.shape), shape)
+    # Scales by which all that drives the avatar reaches its pixels.
+    size = lambda path: 3.0 if {"planes", "codebook_0"} & {part.key for part in path} else 0.33
+    motion = jax.tree_util.tree_map_with_path(
+      lambda path, spec, size=size: size(path) * normal(*spec.shape), shape
+    )
     values = Splats(
       means=0.02 * normal(splats, 3),
       raw_scales=-4 + 0.3 * normal(splats, 3),
