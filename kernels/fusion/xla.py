@@ -43,48 +43,57 @@ def _fuse_single(means, log_vars):
 class _System(NamedTuple):
   """All that the two solves share."""
 
-  centre: Float[Array, "m n z"]
-  precision: Float[Array, "m n z"]  # 1 / d_m
+  centre: Float[Array, "n m z"]
+  precision: Float[Array, "n m z"]  # 1 / d_m
   total: Float[Array, "n z"]  # sum of the precisions
-  spread: Float[Array, "m i n z"]  # A_m
-  coupling: Float[Array, "m i n z"]  # G: A_m / d_m
+  spread: Float[Array, "n m i z"]  # A_m
   inverse: Float[Array, "n q q"]  # of the system
 
 
-def _helmert(count: int, ddof: int, dtype) -> Float[Array, "k i"]:
-  """Orthonormal contrasts of `count` members over sqrt(count - ddof): spreads without centring."""
-  contrasts = np.zeros((count, count - 1))
+def _contrasts(count: int, ddof: int) -> np.ndarray:
+  """Weights [k i] of orthonormal contrasts (Helmert's) over sqrt(count - ddof)."""
+  weights = np.zeros((count, count - 1), np.float32)
   for k in range(1, count):
-    contrasts[:k, k - 1] = 1 / np.sqrt(k * (k + 1))
-    contrasts[k, k - 1] = -k / np.sqrt(k * (k + 1))
-  return jnp.asarray(contrasts / np.sqrt(count - ddof), dtype)
+    weights[:k, k - 1] = (k * (k + 1) * (count - ddof)) ** -0.5
+    weights[k, k - 1] = -k * weights[0, k - 1]
+  return weights
+
+
+def _contrast(means: Float[Array, "m k n z"], ddof: int):
+  """Spread [n m i z] and centre [n m z] of the members, both in one pass of running sums."""
+  count = means.shape[1]
+  scale = _contrasts(count, ddof)[0]
+  running, spread = means[:, 0], []
+  for k in range(1, count):
+    spread.append((running - k * means[:, k]) * float(scale[k - 1]))
+    running = running + means[:, k]
+  return jnp.stack(spread, 1).transpose(2, 0, 1, 3), running.swapaxes(0, 1) / count
 
 
 def _assemble(means, log_vars, ddof) -> _System:
-  modalities, count, splats, latent = means.shape
-  contrasts = _helmert(count, ddof, means.dtype)
-  precision = 1 / jnp.exp(log_vars).mean(1)
-  total = precision.sum(0)
-  spread = jnp.einsum("mknz,ki->minz", means, contrasts, precision="highest")
-  coupling = spread * precision[:, None]
+  spread, centre = _contrast(means, ddof)
+  splats, modalities, width, latent = spread.shape
+  size = modalities * width
+  precision = 1 / jnp.exp(log_vars).mean(1).swapaxes(0, 1)
+  total = precision.sum(1)
   # Off the diagonal blocks the system is -A_m^T (p_m p_l / total) A_l; on them it is
   # 1 + A_m^T p_m (total - p_m) / total A_m. The difference is summed from the others'
   # precisions: subtracting would cancel where one modality is by far the surest.
-  flat = coupling.reshape(-1, splats, latent)
-  size = flat.shape[0]
-  system = -jnp.einsum("inz,jnz->nij", flat / total[None], flat, precision="highest")
   others = jnp.stack(
-    [sum(precision[j] for j in range(modalities) if j != m) for m in range(modalities)]
-  ) if modalities > 1 else jnp.zeros_like(precision)
-  weighted = coupling * (others / total[None])[:, None]
-  blocks = jnp.einsum("minz,mjnz->mnij", spread, weighted, precision="highest")
-  width = count - 1
-  for m in range(modalities):
-    at = slice(m * width, (m + 1) * width)
-    system = system.at[:, at, at].set(blocks[m])
-  system = system + jnp.eye(size, dtype=system.dtype)[None]
-  return _System(precision=precision, centre=means.mean(1), total=total, spread=spread,
-                 coupling=coupling, inverse=_invert(system))
+    [sum((precision[:, j] for j in range(modalities) if j != m), jnp.zeros_like(total))
+     for m in range(modalities)], 1)
+  share = precision / total[:, None]
+  gram = functools.partial(jnp.einsum, "niz,njz->nij", precision="highest")
+
+  def flat(rows):
+    return (spread * rows[:, :, None]).reshape(splats, size, latent)
+
+  within = gram(spread.reshape(splats, size, latent), flat(share * others))
+  across = gram(flat(share), flat(precision))
+  block = np.arange(size) // width
+  same = jnp.asarray(block[:, None] == block[None])[None]
+  system = jnp.where(same, within, -across) + jnp.eye(size, dtype=within.dtype)[None]
+  return _System(centre, precision, total, spread, _invert(system))
 
 
 def _invert(system: Float[Array, "n q q"]) -> Float[Array, "n q q"]:
@@ -128,15 +137,16 @@ def _by_halves(system, rows: int, invert, multiply):
   return jnp.concatenate([above, below], rows)
 
 
-def _unknowns(system: _System, b: Float[Array, "m i n"]) -> Float[Array, "m i n"]:
-  """Solves for the member weights w."""
-  rows = b.reshape(-1, b.shape[-1])
-  w = jnp.einsum("nij,jn->in", system.inverse, rows, precision="highest")
+def _unknowns(system: _System, x: Float[Array, "n m z"]) -> Float[Array, "n m i"]:
+  """Solves for the member weights that pull x down: the system's right side is A_m^T p_m x_m."""
+  b = (system.spread * (system.precision * x)[:, :, None]).sum(-1)
+  w = jnp.einsum("nij,nj->ni", system.inverse, b.reshape(b.shape[0], -1), precision="highest")
   return w.reshape(b.shape)
 
 
-def _weigh(columns: Float[Array, "m i n z"], w: Float[Array, "m i n"]) -> Float[Array, "m n z"]:
-  return (columns * w[..., None]).sum(1)
+def _weigh(system: _System, w: Float[Array, "n m i"]) -> Float[Array, "n m z"]:
+  """A_m w_m."""
+  return (system.spread * w[..., None]).sum(2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -146,28 +156,30 @@ def _mean(means, log_vars, ddof: int):
 
 def _mean_forward(means, log_vars, ddof):
   system = _assemble(means, log_vars, ddof)
-  start = (system.precision * system.centre).sum(0) / system.total  # were all members agreed
-  b = (system.coupling * (start[None] - system.centre)[:, None]).sum(-1)
-  w = _unknowns(system, b)
-  mean = start + _weigh(system.coupling, w).sum(0) / system.total
-  return mean, (means, log_vars, system, w, mean)
+  start = (system.precision * system.centre).sum(1) / system.total  # were all members agreed
+  w = _unknowns(system, start[:, None] - system.centre)
+  moved = _weigh(system, w)
+  mean = start + (system.precision * moved).sum(1) / system.total
+  pull = system.precision * (system.centre + moved - mean[:, None])  # r_m
+  return mean, (log_vars, system, w, pull)
 
 
 def _mean_backward(ddof, residuals, g):
-  means, log_vars, system, w, mean = residuals
-  count = means.shape[1]
-  pull = system.precision * (system.centre + _weigh(system.spread, w) - mean[None])  # r_m
+  log_vars, system, w, pull = residuals
+  count = log_vars.shape[1]
   start = g / system.total
-  v = _unknowns(system, (system.coupling * start[None, None]).sum(-1))
-  step = start + _weigh(system.coupling, v).sum(0) / system.total  # P^-1 g
-  push = system.precision * (step[None] - _weigh(system.spread, v))  # s_m
+  v = _unknowns(system, jnp.broadcast_to(start[:, None], pull.shape))
+  moved = _weigh(system, v)
+  step = start + (system.precision * moved).sum(1) / system.total  # P^-1 g
+  push = system.precision * (step[:, None] - moved)  # s_m
   # A_m^T r_m = -w_m and A_m^T s_m = v_m hold exactly at the optimum: taking the products
   # instead would cancel where noise is small beside the spread.
-  contrasts = _helmert(count, ddof, means.dtype)
-  share = 1 / count + jnp.einsum("ki,min->mkn", contrasts, w, precision="highest")
-  turn = jnp.einsum("ki,min->mkn", contrasts, v, precision="highest")
-  d_means = share[..., None] * push[:, None] - turn[..., None] * pull[:, None]
-  d_log_vars = (-push * pull / count)[:, None] * jnp.exp(log_vars)
+  weights = jnp.asarray(_contrasts(count, ddof), push.dtype)
+  share = 1 / count + jnp.einsum("ki,nmi->mkn", weights, w, precision="highest")
+  turn = jnp.einsum("ki,nmi->mkn", weights, v, precision="highest")
+  push, pull = push.swapaxes(0, 1)[:, None], pull.swapaxes(0, 1)[:, None]  # [m 1 n z]
+  d_means = share[..., None] * push - turn[..., None] * pull
+  d_log_vars = -push * pull / count * jnp.exp(log_vars)
   return d_means, d_log_vars
 
 
@@ -177,7 +189,7 @@ _mean.defvjp(_mean_forward, _mean_backward)
 def _traces(means, log_vars, ddof):
   system = _assemble(means, log_vars, ddof)
   splats, latent = system.total.shape
-  columns = (system.coupling / system.total[None, None]).reshape(-1, splats, latent)
-  doubt = jnp.einsum("inz,nij,jnz->n", columns, system.inverse, columns, precision="highest",
-                     optimize=[(0, 1), (0, 1)])
-  return (1 / system.total).sum(-1), doubt
+  share = system.precision / system.total[:, None]
+  columns = (system.spread * share[:, :, None]).reshape(splats, -1, latent)
+  spun = jnp.einsum("nij,njz->niz", system.inverse, columns, precision="highest")
+  return (1 / system.total).sum(-1), (columns * spun).sum((-2, -1))

@@ -1,0 +1,57 @@
+"""Times of the fusion on this machine: `python -m kernels.fusion.bench [splats ...]`.
+
+Prints, for the face's and the mouth's ensembles, milliseconds of one member a modality (stage 1)
+and of all (stage 2): the mean, the mean with both traces, and the mean with its gradient.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.fusion.api import fuse
+
+CASES = {"face": (4, 10, 48), "mouth": (3, 10, 48), "small": (4, 4, 16)}  # modalities, members, z
+
+
+def beliefs(modalities: int, members: int, splats: int, latent: int, seed: int = 0):
+  """Members that disagree as much as they doubt."""
+  rng = np.random.default_rng(seed)
+  shape = (modalities, members, splats, latent)
+  return jnp.asarray(rng.normal(size=shape), "f4"), jnp.asarray(rng.normal(size=shape), "f4")
+
+
+def measure(function, *args, repeats: int = 20) -> tuple[float, float]:
+  """Median milliseconds of a compiled call, and seconds to compile it."""
+  start = time.perf_counter()
+  compiled = jax.jit(function).lower(*args).compile()
+  compile_s = time.perf_counter() - start
+  times = []
+  for _ in range(repeats + 2):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*args))
+    times.append(time.perf_counter() - start)
+  return 1e3 * float(np.median(times[2:])), compile_s
+
+
+def main(splats: list[int]) -> None:
+  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; ms (s to compile)")
+  print(f"{'':>20}{'mean':>16}{'and traces':>16}{'and gradient':>16}")
+  programs = (
+    lambda m, s: fuse(m, s).mean,
+    lambda m, s: fuse(m, s),
+    jax.value_and_grad(lambda m, s: jnp.square(fuse(m, s).mean).sum(), (0, 1)),
+  )
+  for name, (modalities, members, latent) in CASES.items():
+    for n in splats:
+      for count in (1, members):
+        args = beliefs(modalities, count, n, latent)
+        cells = ["{:.2f} ({:.1f})".format(*measure(program, *args)) for program in programs]
+        label = f"{name} {n} stage {1 if count == 1 else 2}"
+        print(f"{label:>20}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+  main([int(n) for n in sys.argv[1:]] or [3000, 30000])
