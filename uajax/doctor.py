@@ -42,10 +42,13 @@ WANTED = {
 }
 
 
+Status = Literal["ok", "warn", "fail"]
+
+
 class Finding(NamedTuple):
   """One thing looked at."""
 
-  status: Literal["ok", "warn", "fail"]
+  status: Status
   subject: str  # a word or two
   text: str  # what was found
   remedy: str = ""  # what to do about it, where something is to be done
@@ -91,7 +94,8 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-  for packages, status in ((NEEDED, "fail"), (WANTED, "warn")):
+  parts: tuple[tuple[dict, Status], ...] = ((NEEDED, "fail"), (WANTED, "warn"))
+  for packages, status in parts:
     for name, (module, purpose) in packages.items():
       try:
         version = importlib.metadata.version(name)
@@ -212,6 +216,7 @@ def _cache() -> Iterator[Finding]:
 def _codecs() -> Iterator[Finding]:
   try:
     import av
+    from av.codec import Codec
   except ImportError:
     yield Finding("warn", "codecs", "unknown without PyAV", "run `pip install av`")
     return
@@ -219,7 +224,7 @@ def _codecs() -> Iterator[Finding]:
   missing = []
   for name, mode in needs:
     try:
-      av.codec.Codec(name, mode)  # pyright: ignore[reportArgumentType]
+      Codec(name, mode)  # pyright: ignore[reportArgumentType, reportCallIssue]
     except Exception:  # the class of the error differs between PyAV versions
       missing.append(f"{name} {'decoder' if mode == 'r' else 'encoder'}")
   if missing:

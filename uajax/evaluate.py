@@ -115,7 +115,7 @@ def compare(
     (a, b), (c, d) = sizes
     raise UserError(f"{pred} is {a}x{b}, {truth} is {c}x{d} pixels: scale one to the other's size")
   total = max(1, round(min(info.duration_s for info in infos) * 25))
-  perceive, lpips_note = _perception(sizes[0][::-1])
+  perceive, lpips_note = _perception((infos[0].height, infos[0].width))
   rows: list[Measures] = []
   shown = _Shown(total)
   lengths = [0, 0]

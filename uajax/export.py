@@ -14,7 +14,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ def write_npz(path: str | os.PathLike, avatar: Avatar) -> pathlib.Path:
   path = pathlib.Path(path)
   # Through a file object: given a name, NumPy would append ".npz" to it.
   with saving.aside(path) as partial, open(partial, "wb") as file:
-    np.savez_compressed(file, meta=np.array(_meta(avatar)), **flatten(avatar))
+    arrays: dict[str, Any] = {"meta": np.array(_meta(avatar)), **flatten(avatar)}
+    np.savez_compressed(file, **arrays)
   return path
 
 
@@ -153,7 +154,7 @@ def unflatten(arrays: Mapping[str, np.ndarray], meta: str, source: os.PathLike) 
     raise UserError(f"{source}: its meta is damaged ({_line(error)}): export it again") from None
   if version != VERSION:
     raise UserError(f"{source} has format {version}, this version reads {VERSION}: export it again")
-  motion = runs.decode(config.Motion, motion_config, f"{source}: config")
+  motion: Any = runs.decode(config.Motion, motion_config, f"{source}: config")
   if sh_degree not in (0, 1, 2):
     raise UserError(f"{source}: SH degree {sh_degree} is not 0, 1 or 2: export it again")
   layers, seen = {}, set()
@@ -163,7 +164,7 @@ def unflatten(arrays: Mapping[str, np.ndarray], meta: str, source: os.PathLike) 
     if means is None or means.ndim != 2:
       raise UserError(f"{source} lacks {name}/splats/means [n, 3]: export it again")
     count = len(means)
-    wanted = {"splats": _splat_shapes(count)._asdict(), "motion": shapes}
+    wanted = {"splats": _splat_shapes(count), "motion": shapes}
     wanted["alive"] = jax.ShapeDtypeStruct((count,), np.bool_)
     paths, tree = jax.tree_util.tree_flatten_with_path(wanted)
     leaves = []
@@ -192,26 +193,27 @@ def write_ply(path: str | os.PathLike, layer: Layer) -> pathlib.Path:
   alive = np.asarray(layer.alive)
   if not alive.any():
     raise UserError(f"{path} was not written: the layer has no splats yet, train it first")
-  splats = Splats(*(np.asarray(value, np.float64)[alive] for value in layer.splats))
-  columns = {f"{axis}": splats.means[:, i] for i, axis in enumerate("xyz")}
-  columns |= {name: np.zeros(len(splats.means)) for name in ("nx", "ny", "nz")}
-  columns |= {f"f_dc_{i}": splats.sh_dc[:, 0, i] for i in range(3)}
-  rest = np.asarray(splats.sh_rest).transpose(0, 2, 1).reshape(len(splats.means), -1)
+  splats = {k: np.asarray(v, np.float64)[alive] for k, v in layer.splats._asdict().items()}
+  means, count = splats["means"], int(alive.sum())
+  columns = {axis: means[:, i] for i, axis in enumerate("xyz")}
+  columns |= {name: np.zeros(count) for name in ("nx", "ny", "nz")}
+  columns |= {f"f_dc_{i}": splats["sh_dc"][:, 0, i] for i in range(3)}
+  rest = splats["sh_rest"].transpose(0, 2, 1).reshape(count, -1)
   columns |= {f"f_rest_{i}": rest[:, i] for i in range(rest.shape[1])}
-  columns["opacity"] = splats.logit_opacities
-  scales = log_softplus(splats.raw_scales)
+  columns["opacity"] = splats["logit_opacities"]
+  scales = log_softplus(splats["raw_scales"])
   columns |= {f"scale_{i}": scales[:, i] for i in range(3)}
-  quats = np.asarray(splats.quats)
+  quats = splats["quats"]
   quats = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
   columns |= {f"rot_{i}": quats[:, i] for i in range(4)}
-  table = np.empty(len(quats), [(name, "<f4") for name in columns])
+  table = np.empty(count, [(name, "<f4") for name in columns])
   for name, column in columns.items():
     table[name] = column
   header = [
     "ply",
     "format binary_little_endian 1.0",
     "comment uajax splats at rest, metres",
-    f"element vertex {len(table)}",
+    f"element vertex {count}",
     *(f"property float {name}" for name in columns),
     "end_header",
   ]
@@ -233,9 +235,16 @@ def _meta(avatar: Avatar) -> str:
   return json.dumps(record | {"config": dataclasses.asdict(avatar.config)})
 
 
-def _splat_shapes(count: int) -> Splats:
-  spec = lambda *shape: jax.ShapeDtypeStruct((count, *shape), np.float32)
-  return Splats(spec(3), spec(3), spec(4), spec(), spec(1, 3), spec(8, 3))
+def _splat_shapes(count: int) -> dict[str, jax.ShapeDtypeStruct]:
+  tails: dict[str, tuple[int, ...]] = {
+    "means": (3,),
+    "raw_scales": (3,),
+    "quats": (4,),
+    "logit_opacities": (),
+    "sh_dc": (1, 3),
+    "sh_rest": (8, 3),
+  }
+  return {k: jax.ShapeDtypeStruct((count, *tail), np.float32) for k, tail in tails.items()}
 
 
 def _checked(arrays: Mapping[str, np.ndarray], key: str, spec, source) -> np.ndarray:

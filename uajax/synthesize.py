@@ -132,8 +132,14 @@ def synthesize(
 
   def scenes() -> Iterator[Scene]:
     for i, picture in enumerate(ahead(behind, poses)):
-      heard = speech.f_exp[i], speech.f_tone[i], speech.emotion[i]
-      controls = Controls(features.neighbouring(speech.audio, i), units[i], *heard)
+      heard: Any = (  # NumPy leaves, as everything on the host
+        features.neighbouring(np.asarray(speech.audio), i),
+        units[i],
+        speech.f_exp[i],
+        speech.f_tone[i],
+        speech.emotion[i],
+      )
+      controls = Controls(*heard)
       yield Scene(controls, cameras[poses[i]], picture)
 
   drawn = _report(draw(avatar, scenes()), Progress("synthesize", frames))
@@ -224,7 +230,7 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
 @jax.jit
 def _draw(avatar: Avatar, scenes: Scene):
   def one(scene: Scene):
-    back = scene.background.astype(jnp.float32) / 255
+    back = jnp.asarray(scene.background, jnp.float32) / 255
     image = render(avatar, scene.controls, scene.camera, back)
     return jnp.round(image.composite * 255).astype(jnp.uint8), image.uncertainty
 
