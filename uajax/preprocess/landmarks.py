@@ -30,17 +30,18 @@ MIN_SCORE = 0.5  # of the detector, and of the landmark network that a face is t
 ROI_SCALE = 1.5  # the square is this much larger than what it is drawn around
 
 # Order of the blendshape network's output.
-BLENDSHAPES = tuple(
-  "_neutral browDownLeft browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff "
-  "cheekSquintLeft cheekSquintRight eyeBlinkLeft eyeBlinkRight eyeLookDownLeft eyeLookDownRight "
-  "eyeLookInLeft eyeLookInRight eyeLookOutLeft eyeLookOutRight eyeLookUpLeft eyeLookUpRight "
-  "eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight jawForward jawLeft jawOpen jawRight "
-  "mouthClose mouthDimpleLeft mouthDimpleRight mouthFrownLeft mouthFrownRight mouthFunnel "
-  "mouthLeft mouthLowerDownLeft mouthLowerDownRight mouthPressLeft mouthPressRight mouthPucker "
-  "mouthRight mouthRollLower mouthRollUpper mouthShrugLower mouthShrugUpper mouthSmileLeft "
-  "mouthSmileRight mouthStretchLeft mouthStretchRight mouthUpperUpLeft mouthUpperUpRight "
-  "noseSneerLeft noseSneerRight".split()
-)
+_SCORES = """
+_neutral browDownLeft browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff
+cheekSquintLeft cheekSquintRight eyeBlinkLeft eyeBlinkRight eyeLookDownLeft eyeLookDownRight
+eyeLookInLeft eyeLookInRight eyeLookOutLeft eyeLookOutRight eyeLookUpLeft eyeLookUpRight
+eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight jawForward jawLeft jawOpen jawRight
+mouthClose mouthDimpleLeft mouthDimpleRight mouthFrownLeft mouthFrownRight mouthFunnel
+mouthLeft mouthLowerDownLeft mouthLowerDownRight mouthPressLeft mouthPressRight mouthPucker
+mouthRight mouthRollLower mouthRollUpper mouthShrugLower mouthShrugUpper mouthSmileLeft
+mouthSmileRight mouthStretchLeft mouthStretchRight mouthUpperUpLeft mouthUpperUpRight
+noseSneerLeft noseSneerRight
+"""
+BLENDSHAPES = tuple(_SCORES.split())
 
 
 def _numbers(text: str) -> np.ndarray:
@@ -227,7 +228,7 @@ def refine(
   first: list[Float[np.ndarray, "p 3"] | None],
   looks: int = 6,
 ) -> Iterator[tuple[Float[np.ndarray, "p 3"], Float[np.ndarray, " b"]] | None]:
-  """Second pass: yields landmarks averaged over `looks` squares smoothed in time, and the scores."""
+  """Second pass: yields landmarks averaged over `looks` steadied squares, and the scores."""
   rois = smooth_rois(first)
   # Squares that differ in place, size and turn, spread evenly and alike in every frame: what they
   # add is a constant that the fit absorbs, and the network's scatter averages out.

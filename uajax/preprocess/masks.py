@@ -38,9 +38,12 @@ PLATE_SAMPLES = 64
 class Segmenter:
   """The networks that tell what a pixel is."""
 
-  def __init__(self, person: Path, hair: Path, parser: Path | None, threads: int = 2):
+  def __init__(self, person: Path, hair: Path | None, parser: Path | None, threads: int = 2):
+    """Of the hair matte and the parser one is needed; with the parser the other is not read."""
+    if hair is None and parser is None:
+      raise ValueError("either the hair matte or the parser is needed")
     self._person = marks.load_network(person, threads)
-    self._hair = None if parser else marks.load_network(hair, threads)
+    self._hair = marks.load_network(hair, threads) if hair and not parser else None
     self._parser = marks.load_network(parser, threads) if parser else None
 
   def __call__(
@@ -50,11 +53,11 @@ class Segmenter:
     h, w = image.shape[:2]
     small = _resize(image, PERSON_SIDE, PERSON_SIDE).astype(np.float32) / 255
     person = _stretch(self._person(small)[0].reshape(PERSON_SIDE, PERSON_SIDE), h, w)
-    if self._parser:
-      return self._parse(image, person, roi)
+    if self._parser is not None:
+      return self._parse(self._parser, image, person, roi)
     return self._guess(image, person, points)
 
-  def _parse(self, image, person, roi) -> np.ndarray:
+  def _parse(self, parser, image, person, roi) -> np.ndarray:
     h, w = image.shape[:2]
     side = roi.side * PARSER_SPAN
     if side > 0.85 * max(h, w):  # nearly all of the picture: then all of it
@@ -62,7 +65,7 @@ class Segmenter:
     else:
       square = Roi(roi.x, roi.y, side, 0.0)
     patch = marks.crop(image, square, PARSER_SIDE).astype(np.float32)
-    labels = PARSER_CLASSES[np.clip(self._parser(patch / 127.5 - 1)[0], 0, 18)].reshape(
+    labels = PARSER_CLASSES[np.clip(parser(patch / 127.5 - 1)[0], 0, 18)].reshape(
       PARSER_SIDE, PARSER_SIDE
     )
     # Beyond the parser's view the person is torso.
@@ -160,7 +163,7 @@ def _mix(before, this, after):
 def classify(
   layers: Float32[np.ndarray, "h w c"], points: Float[np.ndarray, "p 3"]
 ) -> UInt8[np.ndarray, "h w"]:
-  """One class a pixel: the likeliest, freed of specks and holes, and the mouth as the lips show it."""
+  """One class a pixel: the likeliest, without specks and holes; the mouth as the lips show it."""
   h, w = layers.shape[:2]
   classes = np.argmax(layers, axis=2).astype(np.uint8)
   # The person is one piece without holes.
@@ -189,9 +192,9 @@ def classify(
       sizes[0] = 0
       speck |= (sizes < 0.1 * sizes.max())[pieces] & (pieces > 0)
   if speck.any():
-    r, c = ndi.distance_transform_edt(
-      speck | (classes == BACKGROUND), return_distances=False, return_indices=True
-    )
+    lost = speck | (classes == BACKGROUND)
+    nearest = ndi.distance_transform_edt(lost, return_distances=False, return_indices=True)
+    r, c = np.asarray(nearest)
     classes[speck] = classes[r[speck], c[speck]]
   gap = np.linalg.norm(points[13, :2] - points[14, :2])
   if gap > 0.004 * h:
@@ -231,7 +234,7 @@ class Plate:
     return self._count % self._every == 0
 
   def add(self, image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]) -> None:
-    away = ndi.distance_transform_edt(classes == BACKGROUND)
+    away = np.asarray(ndi.distance_transform_edt(classes == BACKGROUND))
     self._images.append(image)
     self._away.append(np.minimum(away, 255).astype(np.uint8))
     self._count += 1
@@ -347,9 +350,9 @@ def cut_torso(
 def fill_polygon(
   points: Float[np.ndarray, "n 2"], height: int, width: int
 ) -> Float32[np.ndarray, "h w"]:
-  """How much of each pixel a polygon in pixels covers, 0..1, in sixteenths."""
+  """How much of each pixel a polygon in pixels covers, 0..1."""
   out = np.zeros((height, width), np.float32)
-  fine = 4
+  fine = 8
   low = np.clip(np.floor(points.min(0)).astype(int) - 1, 0, [width, height])
   high = np.clip(np.ceil(points.max(0)).astype(int) + 1, 0, [width, height])
   size = high - low

@@ -47,9 +47,8 @@ HAIR_MATTE = "hair_segmentation.tflite"
 PARSER = "bisenetv2_celebamaskhq_448x448_integer_quant.tflite"
 SHEET_PX = 448  # height of the contact sheet's cells
 NAMES = {FACE: "face", HAIR: "hair", MOUTH: "mouth", NECK: "neck", TORSO: "torso"}
-PALETTE = np.array(  # of the overlays
-  [[40, 40, 40], [255, 160, 120], [120, 60, 0], [255, 0, 80], [240, 240, 0], [0, 160, 255]], np.uint8
-)
+_COLOURS = [[40, 40, 40], [255, 160, 120], [120, 60, 0], [255, 0, 80], [240, 240, 0], [0, 160, 255]]
+PALETTE = np.array(_COLOURS, np.uint8)  # of the overlays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +102,9 @@ def run(
   speech = media.read_audio(video)
   media.check_speech(speech, video)
 
+  parser = _find_parser(settings)
+  bundle, person = weights.find(BUNDLE), weights.find(PERSON)
+  hair = None if parser else weights.find(HAIR_MATTE)
   work = out.with_name(out.name + ".work")
   _open_work(work, video, settings)
   began = time.monotonic()
@@ -114,8 +116,9 @@ def run(
     yield
     took[name] = round(time.monotonic() - start, 1)
 
-  landmarker = landmarks.Landmarker(weights.find(BUNDLE))
   try:
+    landmarker = landmarks.Landmarker(bundle)
+    segmenter = masks.Segmenter(person, hair, parser)
     with timed("look"):
       plan = _look(work, video, settings, info, landmarker)
     with timed("landmarks"):
@@ -126,7 +129,7 @@ def run(
   with timed("track"):
     tracked = _track(work, plan, read, settings, landmarker.mesh)
   with timed("layers"):
-    parser = _layers(work, video, plan, read, settings)
+    _layers(work, video, plan, read, segmenter, parser is not None)
 
   speech = np.pad(speech, (0, max(plan.frames * SAMPLE_RATE_HZ // FPS - len(speech), 0)))
   speech = speech[: plan.frames * SAMPLE_RATE_HZ // FPS]
@@ -196,8 +199,6 @@ def _open_work(work: pathlib.Path, video: pathlib.Path, settings: Settings) -> N
       file.seek(at)
       mark.update(file.read(2**20))
   mark.update(str(size).encode())
-  for name in (BUNDLE, PERSON, HAIR_MATTE):
-    weights.find(name)  # fails here, before there is anything to clean up
   key = work / "fingerprint"
   with contextlib.suppress(OSError):
     if key.read_text() == mark.hexdigest():
@@ -322,7 +323,7 @@ def _read(work, video, plan: Plan, settings: Settings, landmarker) -> Read:
       )
     points, scores = first["points"].copy(), np.zeros((plan.frames, len(landmarks.BLENDSHAPES)))
     progress = Progress("landmarks, steadied", plan.frames)
-    known = [p if ok else None for p, ok in zip(points, present, strict=True)]
+    known = [points[f] if present[f] else None for f in range(plan.frames)]
     steady = landmarks.refine(_pictures(video, plan), landmarker, known, settings.looks)
     for f, found in enumerate(steady):
       if found is not None:
@@ -334,7 +335,8 @@ def _read(work, video, plan: Plan, settings: Settings, landmarker) -> Read:
   # Missing frames take the points of their neighbours: only poses and tables read them.
   present = data["present"]
   near = np.flatnonzero(present)
-  nearest = near[np.abs(np.arange(plan.frames)[:, None] - near[None]).argmin(1)]
+  middles = (near[1:] + near[:-1]) / 2
+  nearest = near[np.searchsorted(middles, np.arange(plan.frames))]
   return Read(
     data["points"][nearest], data["scores"][nearest], present, int(data["others"])
   )
@@ -354,24 +356,27 @@ def _track(work, plan: Plan, read: Read, settings: Settings, mesh) -> track.Trac
     )
     data = {name: np.asarray(value) for name, value in found._asdict().items()}
     _save(work / "track.npz", **data)
-  numbers = {name: value.item() if value.ndim == 0 else value for name, value in data.items()}
-  return track.Track(**numbers)
+  values: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in data.items()}
+  return track.Track(**values)
 
 
-def _layers(work, video, plan: Plan, read: Read, settings: Settings) -> bool:
-  """Writes work/classes/<i>.png; returns whether the parser was used."""
-  parser: pathlib.Path | None = None
+def _find_parser(settings: Settings) -> pathlib.Path | None:
+  """The parser's file, if it is wanted and can be had; the report says where it lacked."""
   if settings.parser:
     with contextlib.suppress(UserError):
-      parser = weights.find(PARSER)
+      return weights.find(PARSER)
+  return None
+
+
+def _layers(work, video, plan: Plan, read: Read, segmenter: masks.Segmenter, parser: bool) -> None:
+  """Writes work/classes_*/<i>.png."""
   into = work / f"classes_{'parser' if parser else 'mattes'}"
   into.mkdir(exist_ok=True)
   todo = [f for f in range(plan.frames) if read.present[f] and not (into / f"{f}.png").exists()]
   if not todo:
-    return parser is not None
-  segmenter = masks.Segmenter(weights.find(PERSON), weights.find(HAIR_MATTE), parser)
+    return
   rois = landmarks.smooth_rois(
-    [p if ok else None for p, ok in zip(read.points, read.present, strict=True)]
+    [read.points[f] if read.present[f] else None for f in range(plan.frames)]
   )
   begin = todo[0]
   progress = Progress("layers", plan.frames, begin)
@@ -390,7 +395,6 @@ def _layers(work, video, plan: Plan, read: Read, settings: Settings) -> bool:
         Image.fromarray(masks.classify(layers, read.points[f])).save(partial, compress_level=1)
     progress.advance()
   progress.close("by the 19-class parser" if parser else "by mattes and landmarks")
-  return parser is not None
 
 
 def _classes(work: pathlib.Path, parser: bool, frame: int) -> UInt8[np.ndarray, "h w"]:
@@ -618,8 +622,8 @@ def _scale(image) -> np.ndarray:
 
 
 def _quantiles(values) -> dict[str, float]:
-  low, middle, high = np.percentile(values, [0, 50, 100])
-  return {"min": round(float(low), 2), "median": round(float(middle), 2), "max": round(float(high), 2)}
+  found = np.percentile(values, [0, 50, 100])
+  return {n: round(float(q), 2) for n, q in zip(("min", "median", "max"), found, strict=True)}
 
 
 def _count_blinks(au45) -> int:

@@ -37,6 +37,7 @@ MEMORY_FRAMES = 10  # landmark errors stay alike that long: so many frames count
 PASS_HZ = 8.0
 JITTER_HZ = 5.0  # motion above it counts as shaking in the report
 DIRECTIONS = 12
+SHAPE_FRAMES = 1500
 FOCAL_PRIOR = (2.4, 0.3)  # of image widths, and its spread in the logarithm
 
 
@@ -110,7 +111,8 @@ def fit(
   raw = _pose(problem, solution, np.ones(len(still)))
   advance()
 
-  head = solution.shape[solution.weights > 0.5]
+  head = solution.shape[solution.weights > 0.5 * solution.weights.max()]
+  whole = _longest_run(present)
   viewmats = np.tile(np.eye(4), (len(points), 1, 1))
   viewmats[:, :3, :3], viewmats[:, :3, 3] = solution.poses
   return Track(
@@ -122,8 +124,8 @@ def fit(
     weights=solution.weights,
     reprojection_px=_rms(problem, solution, solution.weights),
     held_out_px=held_out,
-    jitter_px=jitter(project(head, viewmats, focal_px, width, height)[present]),
-    raw_jitter_px=jitter(_project(head, raw.rotations, raw.translations, focal_px)[present]),
+    jitter_px=jitter(project(head, viewmats, focal_px, width, height)[whole]),
+    raw_jitter_px=jitter(_project(head, raw.rotations, raw.translations, focal_px)[whole]),
   )
 
 
@@ -301,12 +303,8 @@ def _pose_steps(
 
 def _pose(problem: _Problem, now: _Solution, mask: Float[np.ndarray, " p"]) -> _Raw:
   faces = _faces(now.shape, now.directions, problem.coefficients)
-  rotations, translations, information = _pose_steps(
-    *(jnp.asarray(x, jnp.float32) for x in (problem.pixels, faces, now.weights * mask)),
-    *(jnp.asarray(x, jnp.float32) for x in now.poses),
-    jnp.float32(now.focal_px),
-    jnp.float32(problem.noise),
-  )
+  known = (problem.pixels, faces, now.weights * mask, *now.poses, now.focal_px, problem.noise)
+  rotations, translations, information = _pose_steps(*(jnp.asarray(x, jnp.float32) for x in known))
   r = np.asarray(rotations, np.float64)
   return _Raw(r, np.asarray(translations, np.float64), np.asarray(information, np.float64))
 
@@ -328,35 +326,35 @@ def _smooth(problem: _Problem, raw: _Raw) -> _Poses:
   metric = np.median(raw.information[known], axis=0)
   metric = (metric + metric.T) / 2 + 1e-6 * np.trace(metric) * np.eye(6)
   strength = 1 / (2 * np.sin(np.pi * PASS_HZ / FPS)) ** 4
-  bands = np.zeros((18, frames * 6))  # lower form: bands[i - j, j] = A[i, j]
+  bands = np.zeros((18, frames, 6))  # lower form: bands[i - j, j] = A[i, j], j split in two
 
-  def add(a: int, b: int, block: np.ndarray) -> None:
+  def add(at: np.ndarray, below: int, blocks: np.ndarray) -> None:
+    """Adds blocks [n 6 6] at rows of frames `at + below`, columns of frames `at`."""
     for i in range(6):
       for j in range(6):
-        row, column = a * 6 + i, b * 6 + j
-        if row >= column:
-          bands[row - column, column] += block[i, j]
+        if below * 6 + i >= j:
+          np.add.at(bands[below * 6 + i - j, :, j], at, blocks[:, i, j])
 
-  rhs = np.zeros((frames, 6))
-  for f in range(frames):
-    own = raw.information[f] if known[f] else 1e-6 * metric
-    own = (own + own.T) / 2
-    add(f, f, own)
-    rhs[f] = own @ np.where(known[f], values[f], values[known].mean(0))
-  for f in range(1, frames - 1):
-    if problem.cuts[f] or problem.cuts[f + 1]:
-      continue
-    for a, x in ((-1, 1.0), (0, -2.0), (1, 1.0)):
-      for b, y in ((-1, 1.0), (0, -2.0), (1, 1.0)):
-        if a >= b:
-          add(f + a, f + b, strength * x * y * metric)
+  own = np.where(known[:, None, None], raw.information, 1e-6 * metric[None])
+  own = (own + own.transpose(0, 2, 1)) / 2
+  add(np.arange(frames), 0, own)
+  target = np.where(known[:, None], values, values[known].mean(0)[None])
+  rhs = np.einsum("fab,fb->fa", own, target)
+  tied = 1 + np.flatnonzero(~problem.cuts[1:-1] & ~problem.cuts[2:])
+  bend = {-1: 1.0, 0: -2.0, 1: 1.0}
+  for row, x in bend.items():
+    for column, y in bend.items():
+      if row >= column:
+        block = np.broadcast_to(strength * x * y * metric, (len(tied), 6, 6))
+        add(tied + column, row - column, block)
+  bands = bands.reshape(18, frames * 6)
   smooth = scipy.linalg.solveh_banded(bands, rhs.reshape(-1), lower=True).reshape(frames, 6)
   rotations = np.stack([_rotation(w) for w in smooth[:, :3]]) @ middle
   return _Poses(rotations, smooth[:, 3:])
 
 
 @jax.jit
-def _shape_normals(pixels, faces, rotations, translations, focal, noise, still, basis, present):
+def _shape_normals(pixels, faces, rotations, translations, focal, noise, basis, present):
   """Normal equations of every landmark's shape and directions: [p 3q 3q], [p 3q]."""
   at = jnp.einsum("fab,fpb->fpa", rotations, faces) + translations[:, None, :]
   x, y, z = at[..., 0], at[..., 1], jnp.maximum(at[..., 2], 1e-2)
@@ -375,13 +373,17 @@ def _shape_normals(pixels, faces, rotations, translations, focal, noise, still, 
 
 def _shape(problem: _Problem, now: _Solution):
   """Still shape and expression directions that fit best under the current poses."""
-  basis = np.concatenate([np.ones((len(problem.pixels), 1)), problem.coefficients], 1)
-  faces = _faces(now.shape, now.directions, problem.coefficients)
-  arrays = (problem.pixels, faces, *now.poses, now.focal_px, problem.noise)
-  lhs, rhs = _shape_normals(
-    *(jnp.asarray(x, jnp.float32) for x in arrays),
-    *(jnp.asarray(x, jnp.float32) for x in (problem.still, basis, problem.present)),
-  )
+  # A long clip is thinned out: its shape needs no more frames than these.
+  some = slice(None, None, max(len(problem.pixels) // SHAPE_FRAMES, 1))
+  coefficients = problem.coefficients[some]
+  basis = np.concatenate([np.ones((len(coefficients), 1)), coefficients], 1)
+  faces = _faces(now.shape, now.directions, coefficients)
+  rotations, translations = now.poses
+  known = (
+    problem.pixels[some], faces, rotations[some], translations[some], now.focal_px, problem.noise,
+    basis, problem.present[some],
+  )  # fmt: skip
+  lhs, rhs = _shape_normals(*(jnp.asarray(x, jnp.float32) for x in known))
   count, q = lhs.shape[0], lhs.shape[1]
   lhs = np.asarray(lhs, np.float64).reshape(count, q * 3, q * 3)
   rhs = np.asarray(rhs, np.float64)
@@ -527,6 +529,13 @@ def _lowest(x, costs, width) -> float:
   return float(np.exp(x[best] + np.clip(move, -1, 1) * (x[1] - x[0])))
 
 
+def _longest_run(present) -> slice:
+  edges = np.flatnonzero(np.diff(np.concatenate([[0], present.astype(int), [0]])))
+  begins, ends = edges[::2], edges[1::2]
+  longest = int(np.argmax(ends - begins))
+  return slice(int(begins[longest]), int(ends[longest]))
+
+
 def _face_size(pixels) -> float:
   return float(np.median(np.ptp(pixels[:, :468], axis=1).max(1)))
 
@@ -551,9 +560,8 @@ def _rotation(turn) -> Float[np.ndarray, "3 3"]:
 
 def _logm(rotation) -> Float[np.ndarray, "3"]:
   cosine = np.clip((np.trace(rotation) - 1) / 2, -1, 1)
-  axis = np.array([
-    rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]
-  ])  # fmt: skip
+  odd = rotation - rotation.T
+  axis = np.array([odd[2, 1], odd[0, 2], odd[1, 0]])
   angle = np.arccos(cosine)
   return axis / 2 if angle < 1e-6 else axis * angle / (2 * np.sin(angle))
 

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+
+from uajax.preprocess import landmarks, masks
+from uajax.types import BACKGROUND, FACE, HAIR, MOUTH, NECK, TORSO
+
+
+def draw_person(size=96, shift=0):
+  """Classes of a head with hair on a neck and a torso."""
+  r, c = np.mgrid[:size, :size] * 96 / size
+  classes = np.full((size, size), BACKGROUND, np.uint8)
+  c = c - shift
+  classes[(r > 70) & (np.abs(c - 48) < 40)] = TORSO
+  classes[(r > 55) & (r < 78) & (np.abs(c - 48) < 9)] = NECK
+  classes[((r - 40) / 24) ** 2 + ((c - 48) / 17) ** 2 < 1] = FACE
+  classes[(((r - 34) / 25) ** 2 + ((c - 48) / 20) ** 2 < 1) & (r < 28)] = HAIR
+  return classes
+
+
+def place_points(gap):
+  points = np.zeros((landmarks.LANDMARKS, 3))
+  angle = np.linspace(np.pi, 3 * np.pi, len(landmarks.INNER_LIPS), endpoint=False)
+  points[landmarks.INNER_LIPS, 0] = 48 + 9 * np.cos(angle)
+  points[landmarks.INNER_LIPS, 1] = 52 + gap / 2 * np.sin(angle)
+  points[13, :2], points[14, :2] = (48, 52 - gap / 2), (48, 52 + gap / 2)
+  return points
+
+
+def as_layers(classes):
+  return np.eye(masks.CLASSES, dtype=np.float32)[classes]
+
+
+def test_polygon_covers_its_area():
+  cover = masks.fill_polygon(np.array([[3.5, 2.0], [13.5, 2.0], [13.5, 8.0], [3.5, 8.0]]), 20, 20)
+  assert cover.sum() == pytest.approx(60, rel=0.04)
+  assert cover[4, 3] == pytest.approx(0.5, abs=0.26) and cover[4, 5] == 1
+  outside = masks.fill_polygon(np.array([[-30.0, -9], [-20, -9], [-20, -4]]), 20, 20)
+  assert outside.shape == (20, 20) and not outside.any()
+
+
+def test_classes_lose_specks_and_holes_and_gain_the_mouth():
+  clean = draw_person()
+  dirty = clean.copy()
+  dirty[3:6, 3:6] = HAIR  # a speck in the background
+  dirty[40:42, 48:50] = BACKGROUND  # a hole in the face
+  dirty[80:82, 40:42] = FACE  # a speck on the torso
+  layers = as_layers(dirty)
+  layers[40:42, 48:50, FACE] = 0.4
+  found = masks.classify(layers, place_points(gap=0.1))
+  assert (found == clean).all()
+  opened = masks.classify(layers, place_points(gap=8))
+  assert 0.8 < (opened == MOUTH).sum() / (np.pi * 9 * 4) < 1.2
+  assert (opened[clean != FACE] == clean[clean != FACE]).all()
+
+
+def test_smoothing_keeps_time_and_gaps():
+  one, two = as_layers(draw_person()), as_layers(draw_person(shift=4))
+  assert list(masks.smooth([])) == []
+  out = list(masks.smooth([one, None, two, two, one]))
+  assert [o is None for o in out] == [False, True, False, False, False]
+  np.testing.assert_allclose(out[0], one, atol=1e-6)
+  np.testing.assert_allclose(out[3], 0.2 * two + 0.6 * two + 0.2 * one, atol=1e-6)
+
+
+def test_plate_is_what_lies_behind_the_moving_person():
+  size = 96
+  r, c = np.mgrid[:size, :size]
+  truth = np.stack([r * 2, c * 2, 255 - r], -1).astype(np.uint8)
+  plate = masks.Plate(9)
+  for shift in range(-16, 17, 4):
+    classes = draw_person(shift=shift)
+    assert plate.wants()
+    image = np.where((classes == BACKGROUND)[..., None], truth, 0).astype(np.uint8)
+    plate.add(image, classes)
+  found, known = plate.finish()
+  ever = np.mean([draw_person(shift=s) == BACKGROUND for s in range(-16, 17, 4)], 0) > 0
+  assert 0.3 < known < ever.mean()
+  error = np.abs(found.astype(int) - truth)
+  assert error[:30].max() < 12  # seen, but for the middle of the head
+  assert error.mean() < 25 and not (found == 0).all(-1).any()
+
+
+def test_fill_in_carries_what_is_known():
+  image = np.zeros((40, 40, 3), np.float32)
+  image[:, :20], image[:, 20:] = 50, 200
+  known = np.ones((40, 40), bool)
+  known[10:30, 2:12] = False
+  broken = image.copy()
+  broken[~known] = 0
+  filled = masks.fill_in(broken, known)
+  assert (filled[known] == image[known]).all()
+  assert np.abs(filled[~known] - 50).max() < 25
+
+
+def test_torso_goes_on_under_the_chin_and_not_elsewhere():
+  classes = draw_person(192)
+  image = np.zeros((192, 192, 3), np.uint8)
+  image[classes == NECK] = (180, 120, 90)
+  image[classes == TORSO] = (20, 20, 80)
+  image[classes == FACE] = (0, 255, 0)
+  torso = masks.cut_torso(image, classes)
+  body = np.isin(classes, (NECK, TORSO))
+  assert (torso[body, 3] == 255).all()
+  inner = body & np.roll(body, 3, axis=0)  # but for the chin's own shadow
+  assert (torso[inner, :3] == image[inner]).all()
+  painted = (torso[..., 3] == 255) & ~body
+  assert np.isin(classes[painted], (FACE, HAIR, MOUTH, BACKGROUND)).all()
+  chin = int(np.flatnonzero(classes[:, 96] == NECK)[0])
+  assert torso[chin - 10, 96, 3] == 255 and torso[chin - 10, 96, 1] < 130  # neck, not face
+  assert torso[chin - 60, 96, 3] == 0
+  assert not torso[torso[..., 3] == 0].any()
+
+
+def test_teeth_are_the_bright_pale_part_of_the_mouth():
+  classes = draw_person()
+  image = np.full((96, 96, 3), (150, 100, 80), np.uint8)
+  classes[48:58, 40:56] = MOUTH
+  image[48:58, 40:56] = (70, 20, 20)
+  image[48:52, 42:54] = (190, 185, 175)
+  teeth = masks.find_teeth(image, classes)
+  assert teeth[48:52, 42:54].all() and teeth.sum() == 48
+  classes[classes == MOUTH] = FACE
+  assert not masks.find_teeth(image, classes).any()
