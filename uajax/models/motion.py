@@ -76,9 +76,9 @@ class FaceMotion(nn.Module):
     face = jnp.concatenate([face, controls.action_units[5:]])
     felt = EmotionEncoder(take.emotion_planes, name="emotion")(controls.emotion, points)
 
-    gain = jnp.concatenate([heard, face, jnp.ones(where.shape[1], where.dtype)])
+    heeded = jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)
     modalities = {
-      "audio": Modality(jnp.concatenate([channels, eyes, where], -1), gain),
+      "audio": Modality(heeded),
       "content": Modality(where, constant=controls.f_exp),
       "style": Modality(where, constant=controls.f_tone),
       "emotion": Modality(felt.features, felt.code),

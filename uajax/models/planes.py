@@ -49,8 +49,9 @@ def sample(
     bound: metres, where the planes end.
   """
   side, channels = planes.shape[1], planes.shape[3]
-  at = (1 - points / bound) * (0.5 * (side - 1))  # 0 at +bound, side - 1 at -bound
-  at = jnp.clip(at, 0, side - 1)
+  # In the order of the official code: on fine planes another rounding is another value.
+  coordinate = (points - bound) * (2 / (-bound - bound)) - 1
+  at = jnp.clip((coordinate + 1) / 2 * (side - 1), 0, side - 1)
   low = jnp.clip(jnp.floor(at), 0, side - 2).astype(jnp.int32)  # the last texel has weight 1
   weight = at - low
   column, row = (jnp.asarray(axes) for axes in zip(*PAIRS, strict=True))
