@@ -122,7 +122,7 @@ def rasterize(
   platform = jax.default_backend()
   attached = _attached(features.shape[1], detached)
   if implementation is None:
-    implementation = _choose(platform, attached)
+    implementation = _choose(platform)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
   config = tuning.pick(platform, implementation)
@@ -210,41 +210,38 @@ def _attached(width, detached):
   return (True,) * 4 + tuple(i not in detached for i in range(width))
 
 
-def _choose(platform, attached):
-  """The implementation that suits a platform, if it works there."""
-  chosen = tuning.DEFAULT.get(platform, "xla")
-  if chosen == "pallas":
-    problem = _trial(platform, attached)
-    if problem:
-      warnings.warn(f"kernels.splat: the Pallas kernels do not compile here, so plain XLA draws "
-                    f"instead ({problem})", RuntimeWarning, stacklevel=3)
-      return "xla"
-  return chosen
-
-
 @functools.cache
-def _trial(platform, attached):
+def _choose(platform):
+  """The implementation that suits a platform, if it works there; says so once if not."""
+  chosen = tuning.DEFAULT.get(platform, "xla")
+  problem = _trial(platform) if chosen == "pallas" else None
+  if problem is None:
+    return chosen
+  warnings.warn("kernels.splat: the Pallas kernels do not compile here, so plain XLA draws "
+                f"instead ({problem})", RuntimeWarning, stacklevel=3)
+  return "xla"
+
+
+def _trial(platform):
   """Compiles the Pallas kernels, small; returns what went wrong or None."""
-  config = tuning.pick(platform, "pallas")
+  config, attached = tuning.pick(platform, "pallas"), (True, True, False)
   tiles = binning.Grid(config.tile, 2, 2)
-  m = len(attached)
 
   def draw(shapes, values, pairs):
     shown, vjp = jax.vjp(lambda s, v: pallas.composite(s, v, pairs, attached, tiles, config),
                          shapes, values)
     return vjp(shown)
 
-  def of(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+  def of(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
   seen = project.Projected(of(1, 8, 2), of(1, 8), of(1, 8, 3), of(1, 8),
-                           jax.ShapeDtypeStruct((1, 8, 4), jnp.int32),
-                           jax.ShapeDtypeStruct((1, 8), jnp.int32))
+                           of(1, 8, 4, dtype=jnp.int32), of(1, 8, dtype=jnp.int32))
   pairs = jax.eval_shape(lambda seen: binning.build(seen, tiles, 64), seen)
   try:
-    jax.jit(draw).lower(of(8, 6), of(8, m), pairs).compile()
+    jax.jit(draw).lower(of(8, 6), of(8, len(attached)), pairs).compile()
   except Exception as error:  # whatever the compiler's trouble is, plain XLA draws the same
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
   return None
 
 

@@ -91,6 +91,7 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   touched = (slot < ends[-1]) & _touch(seen, order[place], x, y, tiles.side)
   key = lax.sort(jnp.where(touched, key, jnp.uint32(EMPTY)))
 
+  first = begins[place]
   tile, rank = (key // n).astype(jnp.int32), (key % n).astype(jnp.int32)
   limits = jnp.arange(cameras * per_camera + 1, dtype=jnp.uint32) * n
   starts = jnp.searchsorted(key, limits).astype(jnp.int32)
@@ -100,15 +101,14 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   # A key names its pair, so the slot that the pair came from can be computed.
   x0, x1, y0, _ = rect[place].T
   y, x = tile // tiles.columns % tiles.rows, tile % tiles.columns
-  origin = jnp.where(used, begins[place] + (y - y0) * (x1 - x0) + x - x0, capacity)
+  origin = jnp.where(used, begins[place] + (y - y0) * (x1 - x0) + x - x0, capacity + slot)
   by_splat = jnp.full(capacity, capacity, jnp.int32).at[origin].set(
       slot, mode="drop", unique_indices=True)
   runs = jnp.zeros((cameras * n, 2), jnp.int32).at[order].set(
       jnp.stack([begins, ends], 1), unique_indices=True)
   return Bins(jnp.where(used, order[place], cameras * n), starts,
               (total - ends[-1].astype(jnp.uint32)).astype(jnp.int32),
-              by_splat, begins[jnp.repeat(jnp.arange(cameras * n, dtype=jnp.int32),
-                                          ends - begins, total_repeat_length=capacity)], runs)
+              by_splat, first, runs)
 
 
 def sum_by_splat(rows: Float[Array, "p k"], bins: Bins) -> Float[Array, "r k"]:
@@ -117,17 +117,21 @@ def sum_by_splat(rows: Float[Array, "p k"], bins: Bins) -> Float[Array, "r k"]:
   A CPU adds one row after the other; elsewhere that would take atomics, whose order is chance,
   so there the rows are put in order of their splats and added up by doubling strides.
   """
-  def scatter(rows):
-    return jax.ops.segment_sum(rows, bins.splats, len(bins.runs))
+  return lax.platform_dependent(rows, bins, cpu=sum_by_scatter, default=sum_by_runs)
 
-  def gather(rows):
-    rows = rows.at[bins.by_splat].get(mode="fill", fill_value=0)
-    begins, ends = bins.runs.T
-    rows = scan_runs(jnp.add, rows, bins.first, jnp.max(ends - begins, initial=0))
-    last = rows.at[ends - 1].get(mode="clip")
-    return jnp.where((ends > begins)[:, None], last, 0)
 
-  return lax.platform_dependent(rows, cpu=scatter, default=gather)
+def sum_by_scatter(rows, bins):
+  """`sum_by_splat`, one row after the other."""
+  return jax.ops.segment_sum(rows, bins.splats, len(bins.runs))
+
+
+def sum_by_runs(rows, bins):
+  """`sum_by_splat`, all splats at once."""
+  rows = rows.at[bins.by_splat].get(mode="fill", fill_value=0)
+  begins, ends = bins.runs.T
+  rows = scan_runs(jnp.add, rows, bins.first, jnp.max(ends - begins, initial=0))
+  last = rows.at[ends - 1].get(mode="clip")
+  return jnp.where((ends > begins)[:, None], last, 0)
 
 
 def scan_runs(combine, x: Array, first: Int[Array, " m"], longest: Int[Array, ""]) -> Array:
