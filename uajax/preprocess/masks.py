@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.ndimage as ndi
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
 from uajax.preprocess import landmarks as marks
@@ -168,29 +168,18 @@ def classify(
   classes = np.argmax(layers, axis=2).astype(np.uint8)
   # The person is one piece without holes.
   person = classes != BACKGROUND
-  pieces, count = ndi.label(person)
-  if count > 1:
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0
-    whole = pieces == np.argmax(sizes)
-    classes[person & ~whole] = BACKGROUND
-    person = whole
-  holes, count = ndi.label(~person)
-  if count:
-    sizes = np.bincount(holes.ravel())
-    small = sizes < 0.002 * h * w
-    small[0] = False
-    likeliest = np.argmax(layers[..., 1:], axis=2).astype(np.uint8) + 1
-    spot = small[holes]
-    classes[spot] = likeliest[spot]
+  size = _piece_sizes(person)
+  whole = size == size.max()
+  classes[person & ~whole] = BACKGROUND
+  size = _piece_sizes(~whole)
+  hole = (size > 0) & (size < 0.002 * h * w)
+  likeliest = np.argmax(layers[..., 1:], axis=2).astype(np.uint8) + 1
+  classes[hole] = likeliest[hole]
   # Each layer loses its specks to what lies nearest.
   speck = np.zeros((h, w), bool)
   for label in (FACE, HAIR, NECK, TORSO):
-    pieces, count = ndi.label(classes == label)
-    if count > 1:
-      sizes = np.bincount(pieces.ravel())
-      sizes[0] = 0
-      speck |= (sizes < 0.1 * sizes.max())[pieces] & (pieces > 0)
+    size = _piece_sizes(classes == label)
+    speck |= (size > 0) & (size < 0.1 * size.max())
   if speck.any():
     lost = speck | (classes == BACKGROUND)
     nearest = ndi.distance_transform_edt(lost, return_distances=False, return_indices=True)
@@ -364,6 +353,15 @@ def fill_polygon(
   cover = np.asarray(canvas, np.float32).reshape(size[1], fine, size[0], fine).mean((1, 3))
   out[low[1] : high[1], low[0] : high[0]] = cover
   return out
+
+
+def _piece_sizes(mask: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:
+  """Of each pixel: how many pixels the connected piece has that it lies in; 0 outside the mask."""
+  pieces = np.zeros(mask.shape, np.int32)
+  ndi.label(mask, output=pieces)
+  sizes = np.bincount(pieces.ravel())
+  sizes[0] = 0
+  return sizes[pieces]
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -315,7 +315,7 @@ def _read(work, video, plan: Plan, settings: Settings, landmarker) -> Read:
       progress.close()
       first = {"points": points, "others": np.array(others)}
       _save(work / "first.npz", **first)
-    present = np.isfinite(first["points"]).all((1, 2))
+    present = np.isfinite(first["points"]).all(axis=(1, 2)).reshape(plan.frames)
     if present.sum() < MIN_FRAMES:
       raise UserError(
         f"a face was found in only {int(present.sum())} of {plan.frames} frames of {video}: give a"
