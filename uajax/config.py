@@ -176,10 +176,10 @@ def quick() -> Experiment:
     planes=fine, emotion_planes=dataclasses.replace(fine, features=64, multiples=(1, 2, 4)))
   return Experiment(
     model=Model(motion=motion),
-    mouth=_with_rates(shorten(MOUTH, 4_000, splats=4_000), **rates),
-    face=_with_rates(shorten(FACE, 8_000, splats=4_000), **rates),
+    mouth=_with_rates(_with_slots(shorten(MOUTH, 3_000, splats=2_000), 4_096), **rates),
+    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000), 16_384), **rates),
     fuse=shorten(FUSE, 1_000),
-    picture_every=1_000, save_every=2_000)
+    picture_every=2_000, save_every=4_000)
 
 
 def demo() -> Experiment:
@@ -202,7 +202,7 @@ def _with_rates(stage: Stage, **rates) -> Stage:
 
 
 def _with_slots(stage: Stage, slots: int, **changes) -> Stage:
-  densify = dataclasses.replace(stage.densify, slots=slots, max_slots=2 * slots, **changes)
+  densify = dataclasses.replace(stage.densify, slots=slots, max_slots=4 * slots, **changes)
   return dataclasses.replace(stage, densify=densify)
 
 

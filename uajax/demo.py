@@ -54,7 +54,7 @@ def run(out, *, seed: int = 0) -> dict:
       synthetic.make(held_out, person, script=synthetic.held_out_script(seed), seed=seed + 1)
   with watch.step("speech"):
     corpus = synthetic.corpus(seed + 2, CORPUS, person=person)
-    extractors = extract.train(subject, extract.small(), corpus=corpus)
+    extractors = extract.train(subject, extract.SMALL, corpus=corpus)
   with watch.step("avatar"):
     trained = loop.train(subject, run_path, config.demo())
   avatar = trained.avatar()
