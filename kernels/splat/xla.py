@@ -181,8 +181,9 @@ def _cut(bins: Bins, config: Config):
 
 def _take(blocks: Blocks, i, group) -> Blocks:
   """The i-th group of blocks."""
-  rows = (lax.dynamic_slice_in_dim(z, i * group, group) for z in blocks[:4])
-  return Blocks(*rows, blocks.starts)
+  tile, begin, end, first = (
+      lax.dynamic_slice_in_dim(z, i * group, group) for z in blocks[:4])
+  return Blocks(tile, begin, end, first, blocks.starts)
 
 
 def _gather(padded, bins, here, block):

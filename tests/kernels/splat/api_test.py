@@ -109,7 +109,7 @@ def test_light_is_neither_made_nor_lost():
                                   backgrounds=np.ones(3, np.float32)))
   np.testing.assert_allclose(out.color, 1, atol=1e-5)
   np.testing.assert_allclose(out.features, out.alpha, atol=1e-5)
-  assert 0 <= out.alpha.min() and 0.9 < out.alpha.max() <= 1 - 1e-4 + 1e-6
+  assert out.alpha.min() >= 0 and 0.9 < out.alpha.max() <= 1 - 1e-4 + 1e-6
 
 
 def test_the_background_shows_through_what_is_left():
