@@ -54,7 +54,8 @@ class Segmenter:
     small = _resize(image, PERSON_SIDE, PERSON_SIDE).astype(np.float32) / 255
     person = _stretch(self._person(small)[0].reshape(PERSON_SIDE, PERSON_SIDE), h, w)
     if self._parser is not None:
-      return self._parse(self._parser, image, person, roi)
+      out = self._parse(self._parser, image, person, roi)
+      return _claim_shoulders(out, person, float(points[marks.IBUG[48:60], 1].mean()))
     return self._guess(image, person, points)
 
   def _parse(self, parser, image, person, roi) -> np.ndarray:
@@ -107,9 +108,11 @@ class Segmenter:
     jaw = points[marks.IBUG[2:15], :2]
     wide = np.concatenate([
       [jaw[0] - across * width * 0.6 - down * width * 3],
-      [jaw[0] - across * width * 0.6 + down * width * 0.12],
-      jaw,
-      [jaw[-1] + across * width * 0.6 + down * width * 0.12],
+      [jaw[0] - across * width * 0.6 + down * width * 0.22],
+      [jaw[0] - across * width * 0.04 + down * width * 0.22],
+      jaw[1:-1],
+      [jaw[-1] + across * width * 0.04 + down * width * 0.22],
+      [jaw[-1] + across * width * 0.6 + down * width * 0.22],
       [jaw[-1] + across * width * 0.6 - down * width * 3],
     ])  # fmt: skip
     above = np.maximum(fill_polygon(wide, h, w), oval)
@@ -136,6 +139,24 @@ class Segmenter:
     out[..., NECK] = person * neck * (1 - hair)
     out[..., TORSO] = person * (1 - above) * (1 - neck) * (1 - hair)
     return out / np.maximum(out.sum(-1, keepdims=True), 1e-6)
+
+
+def _claim_shoulders(layers: np.ndarray, person: np.ndarray, lips_row: float) -> np.ndarray:
+  """Gives to the torso what the matte is sure of and the parser, used to faces, calls background.
+
+  Bare shoulders above all. Only regions of some width below the lips: along edges, and about the
+  hair, the parser is the sharper.
+  """
+  h, w = person.shape
+  small = [_stretch(a, PERSON_SIDE, PERSON_SIDE) for a in (person, layers[..., BACKGROUND])]
+  region = ndi.binary_opening((small[0] > 0.9) & (small[1] > 0.5), np.ones((5, 5), bool))
+  region[: max(int(lips_row / h * PERSON_SIDE), 0)] = False
+  if region.any():
+    region = ndi.binary_dilation(region, np.ones((5, 5), bool))
+    move = _stretch(region, h, w) * person * layers[..., BACKGROUND]
+    layers[..., BACKGROUND] -= move
+    layers[..., TORSO] += move
+  return layers
 
 
 def smooth(layers: Iterable[np.ndarray | None]) -> Iterator[np.ndarray | None]:

@@ -121,3 +121,15 @@ def test_teeth_are_the_bright_pale_part_of_the_mouth():
   assert teeth[48:52, 42:54].all() and teeth.sum() == 48
   classes[classes == MOUTH] = FACE
   assert not masks.find_teeth(image, classes).any()
+
+
+def test_shoulders_that_the_parser_overlooks_are_torso():
+  layers = as_layers(draw_person(256))
+  person = (layers[..., BACKGROUND] == 0).astype(np.float32)
+  bare = layers.copy()
+  bare[..., BACKGROUND] += bare[..., TORSO]
+  bare[..., TORSO] = 0
+  found = masks._claim_shoulders(bare, person, lips_row=140.0)
+  missed = (np.argmax(found, 2) != TORSO) & (layers[..., TORSO] > 0)
+  assert missed.sum() < 0.05 * layers[..., TORSO].sum()
+  assert (np.argmax(found, 2)[:140] == np.argmax(layers, 2)[:140]).all()
