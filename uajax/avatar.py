@@ -3,6 +3,7 @@
 Pure functions over one pytree. Axes: n splats, h w pixels.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.struct
@@ -50,26 +51,28 @@ def init_motion(key: PRNGKeyArray, config: config_.Motion) -> tuple[dict, dict]:
     jnp.zeros(len(types.ACTION_UNITS)), jnp.zeros(types.EXPRESSION), jnp.zeros(types.EXPRESSION),
     jnp.zeros(types.EMOTION))
   face, mouth = jax.random.split(key)
-  return (FaceMotion(config).init(face, points, controls)["params"],
-          MouthMotion(config).init(mouth, points, controls)["params"])
+  # Compiled, because only then what the networks would answer is never computed.
+  return (jax.jit(FaceMotion(config).init)(face, points, controls)["params"],
+          jax.jit(MouthMotion(config).init)(mouth, points, controls)["params"])
 
 
 def face_motion(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None
 ) -> types.Motion:
   """How the face's splats move; see `deform`."""
-  layer = avatar.face
-  return FaceMotion(avatar.config).apply(
-    {"params": layer.motion}, layer.splats.means, controls, members)
+  return _move(FaceMotion(avatar.config), avatar.face, controls, members)
 
 
 def mouth_motion(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None
 ) -> types.Motion:
   """How the mouth's splats move; see `deform`."""
-  layer = avatar.mouth
-  return MouthMotion(avatar.config).apply(
-    {"params": layer.motion}, layer.splats.means, controls, members)
+  return _move(MouthMotion(avatar.config), avatar.mouth, controls, members)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members) -> types.Motion:
+  return network.apply({"params": layer.motion}, layer.splats.means, controls, members)
 
 
 def deform(
@@ -122,7 +125,8 @@ def render(
   return types.Image(
     composite=composite(face.color, face.alpha, mouth.color, mouth.alpha, background),
     face=face.color, face_alpha=face.alpha, mouth=mouth.color, mouth_alpha=mouth.alpha,
-    uncertainty=face.features[..., 0], attention=face.features[..., 1:])
+    uncertainty=face.features[..., 0], attention=face.features[..., 1:],
+    overflow=face.overflow + mouth.overflow)
 
 
 def composite(

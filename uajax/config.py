@@ -177,7 +177,8 @@ def quick() -> Experiment:
   return Experiment(
     model=Model(motion=motion),
     mouth=_with_rates(_with_slots(shorten(MOUTH, 3_000, splats=2_000), 4_096), **rates),
-    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000), 16_384), **rates),
+    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000, guide_every=5), 16_384),
+                     **rates),
     fuse=shorten(FUSE, 1_000),
     picture_every=2_000, save_every=4_000)
 
@@ -192,7 +193,8 @@ def demo() -> Experiment:
   return Experiment(
     model=Model(motion=motion),
     mouth=_with_rates(_with_slots(shorten(MOUTH, 800, splats=600), 1_024, every=50), **rates),
-    face=_with_rates(_with_slots(shorten(FACE, 1_600, splats=1_500), 3_072, every=50), **rates),
+    face=_with_rates(_with_slots(shorten(FACE, 1_600, splats=1_500, guide_every=5), 3_072,
+                                 every=50), **rates),
     fuse=shorten(FUSE, 200),
     log_every=50, picture_every=800, save_every=800)
 

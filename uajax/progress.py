@@ -27,12 +27,14 @@ class Progress:
 
   def close(self, note: str = "") -> None:
     took = time.monotonic() - self._began_s
-    self._write(f"{self.label}: {self.done}/{self.total} in {duration(took)} {note}".rstrip(), end=True)
+    line = f"{self.label}: {self.done}/{self.total} in {duration(took)} {note}"
+    self._write(line.rstrip(), end=True)
 
   def _say(self, note: str) -> None:
     rate = (self.done - self._began_at) / max(time.monotonic() - self._began_s, 1e-9)
     left = duration((self.total - self.done) / rate) if rate > 0 else "?"
-    self._write(f"{self.label}: {self.done}/{self.total}, {rate:.1f}/s, {left} left {note}".rstrip())
+    line = f"{self.label}: {self.done}/{self.total}, {rate:.1f}/s, {left} left {note}"
+    self._write(line.rstrip())
 
   def _write(self, line: str, *, end: bool = False) -> None:
     if self._terminal:

@@ -32,13 +32,13 @@ VERSION = 1
 _log = logging.getLogger("uajax")
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
+class Progress(typing.NamedTuple):
   """Where training stands."""
 
   stage: int  # index into Experiment.stages(); 3 when all are done
   step: int  # within the stage
   total: int  # steps over all stages so far
+  capacity: int | None = None  # of the rasteriser's pair list, once it had to be raised
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
     args = ocp.args.Composite(
       avatar=ocp.args.PyTreeSave(flax.serialization.to_state_dict(_arrays(avatar))),
       training=ocp.args.PyTreeSave(flax.serialization.to_state_dict(training)),
-      progress=ocp.args.JsonSave(dataclasses.asdict(progress) | {"sh_degree": avatar.sh_degree}))
+      progress=ocp.args.JsonSave(progress._asdict() | {"sh_degree": avatar.sh_degree}))
     try:
       with self._manager() as manager:
         manager.save(progress.total, args=args, force=True)

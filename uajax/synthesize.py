@@ -209,17 +209,23 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(avatar)):
     raise UserError("the avatar holds NaN or infinity: its training diverged, train it anew")
   scenes = iter(scenes)
-  waiting: tuple[int, tuple] | None = None
+  waiting: tuple[int, Scene, tuple] | None = None
+  capacity = None
   while True:
     taken = list(itertools.islice(scenes, chunk))
     begun = None
     if taken:
       # The last chunk is filled up: a second shape would compile again.
       filled = taken + taken[-1:] * (chunk - len(taken))
-      begun = len(taken), _draw(avatar, jax.tree.map(lambda *leaves: np.stack(leaves), *filled))
+      stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
+      begun = len(taken), stacked, _draw(avatar, stacked, capacity)
     if waiting is not None:
-      count, results = waiting
-      images, maps = (np.asarray(result) for result in results)
+      count, stacked, results = waiting
+      while int(results[2].max()):  # splats were left out: once more, with room for them
+        slots = max(len(avatar.face.alive), len(avatar.mouth.alive))
+        capacity = 64 * slots if capacity is None else 2 * capacity
+        results = _draw(avatar, stacked, capacity)
+      images, maps = np.asarray(results[0]), np.asarray(results[1])
       for i in range(count):
         yield Drawn(images[i], maps[i])
     if begun is None:
@@ -227,12 +233,13 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
     waiting = begun
 
 
-@jax.jit
-def _draw(avatar: Avatar, scenes: Scene):
+@functools.partial(jax.jit, static_argnames="capacity")
+def _draw(avatar: Avatar, scenes: Scene, capacity: int | None):
   def one(scene: Scene):
     back = jnp.asarray(scene.background, jnp.float32) / 255
-    image = render(avatar, scene.controls, scene.camera, back)
-    return jnp.round(image.composite * 255).astype(jnp.uint8), image.uncertainty
+    image = render(avatar, scene.controls, scene.camera, back, capacity=capacity)
+    pixels = jnp.round(image.composite * 255).astype(jnp.uint8)
+    return pixels, image.uncertainty, image.overflow
 
   return jax.lax.map(one, scenes)
 

@@ -54,7 +54,7 @@ class Motion(NamedTuple):
   d_mean: Float[Array, "n 3"]  # metres, added to means
   d_quat: Float[Array, "n 4"]  # added to raw quats
   d_scale: Float[Array, "n 3"]  # added to raw scales
-  attention: Float[Array, "n 2"]  # norms of the audio and of the eye attention (face); zeros (mouth)
+  attention: Float[Array, "n 2"]  # norms of the audio and the eye attention; zeros in the mouth
   aleatoric: Float[Array, " n"]  # trace of the fused covariance were all members agreed
   epistemic: Float[Array, " n"]  # what their disagreement adds to it
 
@@ -105,6 +105,7 @@ class Image(NamedTuple):
   mouth_alpha: Float[Array, "h w 1"]
   uncertainty: Float[Array, "h w"]  # aleatoric + epistemic of the visible face splats
   attention: Float[Array, "h w 2"]
+  overflow: Int[Array, ""]  # pairs of splat and tile beyond the capacity, hence not drawn
 
 
 Alive = Bool[Array, " n"]

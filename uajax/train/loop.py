@@ -74,8 +74,8 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None, source="
       stage = stages[number]
       state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
       training = None
-      avatar = _train_stage(run, number, stage, state, material, clips["val"], perceptual, journal,
-                            progress)
+      avatar, at = _train_stage(run, number, stage, state, at, material, clips["val"], perceptual,
+                                journal, progress)
     progress.close()
   return run
 
@@ -89,8 +89,8 @@ def fit_audio(experiment: Experiment, clip: Clip) -> Experiment:
     experiment, model=dataclasses.replace(experiment.model, motion=motion))
 
 
-def _train_stage(run, number: int, stage: Stage, state: State, material: Material, val: Clip,
-                 perceptual, journal, progress) -> Avatar:
+def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress,
+                 material: Material, val: Clip, perceptual, journal, progress):
   experiment = run.experiment
   key = jax.random.fold_in(jax.random.key(experiment.seed), number)
   before = sum(s.steps for s in experiment.stages()[:number])
@@ -105,8 +105,8 @@ def _train_stage(run, number: int, stage: Stage, state: State, material: Materia
     phase = phase_of(stage, step)
     weights = perceptual if is_perceptual(stage, step) else None
     began = time.monotonic()
-    state, sums = run_steps(experiment, stage, phase, state, jnp.asarray(end - step), material,
-                            weights, key)
+    state, sums = run_steps(experiment, stage, phase, at.capacity, state, jnp.asarray(end - step),
+                            material, weights, key)
     count, step = end - step, end
     changed = None
     if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (
@@ -118,17 +118,20 @@ def _train_stage(run, number: int, stage: Stage, state: State, material: Materia
       took = time.monotonic() - began
       report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
       journal.write(before + step, stage.name, step, report)
+      at = _with_capacity(stage, state, at, report["overflow"])
       _check_sound(run, stage, step, state)
     done = step == stage.steps
     if step % experiment.picture_every == 0 or done:
       journal.picture(before + step, stage.name, _picture(state.avatar, stage, val))
     if done:
-      run.save(state.avatar, {"step": state.step}, runs.Progress(number + 1, 0, before + step))
+      run.save(state.avatar, {"step": state.step},
+               at._replace(stage=number + 1, step=0, total=before + step))
     elif step % experiment.save_every == 0:
-      run.save(state.avatar, _training(state), runs.Progress(number, step, before + step))
+      run.save(state.avatar, _training(state),
+               at._replace(stage=number, step=step, total=before + step))
     note = f"{stage.name} {phase}"
     progress.advance(count, note)
-  return state.avatar
+  return state.avatar, at
 
 
 def _next(step: int, every: int) -> int:
@@ -174,6 +177,20 @@ def _with_room(stage: Stage, state: State, change: densify.Change) -> State:
     avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
     opt=state.opt | {"splats": densify.double(state.opt["splats"], slots)},
     stats=densify.no_stats(2 * slots))
+
+
+def _with_capacity(stage: Stage, state: State, at: runs.Progress, overflow: float):
+  """More room in the rasteriser's pair list where pairs of splat and tile did not fit.
+
+  It is part of the checkpoint: a resumed run draws with the room that it had.
+  """
+  if not overflow:
+    return at
+  slots = getattr(state.avatar, "mouth" if stage.name == "mouth" else "face").alive.shape[0]
+  capacity = 64 * slots if at.capacity is None else 2 * at.capacity
+  _log.warning("%s: splats overlap more tiles than there was room for; going on with room for %d "
+               "pairs", stage.name, capacity)
+  return at._replace(capacity=capacity)
 
 
 def _census(stage: Stage, state: State, changed) -> dict:

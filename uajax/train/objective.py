@@ -5,7 +5,7 @@ rendered over the green backdrop of the official code: it shows through wherever
 hole, so that holes cost. Axes: h w pixels, n splats.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from uajax.avatar import Avatar, face_motion, mouth_motion
 from uajax.config import Stage
 from uajax.lpips import lpips
 from uajax.render import render_layer
-from uajax.types import BACKGROUND, FACE, HAIR, MOUTH, Frame  # noqa: F401
+from uajax.types import FACE, HAIR, MOUTH, Frame
 
 GREEN = (0.0, 1.0, 0.0)
 PATCH_PX = {"face": 80, "mouth": 36, "fuse": 36}  # of LPIPS: the means of the official random sizes
@@ -34,26 +34,41 @@ class Parts(NamedTuple):
   radii: Int[Array, " n"]
 
 
-def objective(stage: Stage, phase: Phase, perceptual, avatar: Avatar, frame: Frame, probe, step,
-              members, sh_degree):
-  """The loss of one frame.
+class Setting(NamedTuple):
+  """What holds for many steps. All of it is known when a step is compiled, but `perceptual`."""
+
+  stage: Stage
+  phase: Phase  # "static": no motion; "sample": one member a modality; "ensemble": all
+  perceptual: Any  # LPIPS parameters where this part of the schedule uses them, else None
+  capacity: int | None  # of the rasteriser's pair list
+
+
+class Moment(NamedTuple):
+  """What changes from step to step."""
+
+  step: Int[Array, ""]  # within the stage
+  members: Int[Array, " 4"]  # read in phase "sample" only
+  sh_degree: Int[Array, ""]  # bands above it are muted
+
+
+def objective(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, probe):
+  """The loss of one frame, and its Parts.
 
   Args:
-    phase: "static" has no motion; "sample" one ensemble member a modality; "ensemble" all.
-    perceptual: LPIPS parameters where this part of the schedule uses them, else None.
     frame: one Frame, uint8 image and background.
-    probe: [n, 2] zeros added to the projected means; its gradient drives densification.
-    step: int32 scalar within the stage.
-    members: int[4], read in phase "sample" only.
-    sh_degree: int32 scalar, bands above it are muted.
+    probe: [n, 2] zeros added to the projected means (px) of the layer in training; its gradient
+      drives densification.
   """
   image = frame.image.astype(jnp.float32) / 255
-  render = {"mouth": _mouth, "face": _face, "fuse": _fuse}[stage.name]
-  return render(stage, phase, perceptual, avatar, frame, image, probe, step,
-                members if phase == "sample" else None, sh_degree)
+  if setting.phase != "sample":
+    moment = moment._replace(members=None)
+  judge = {"mouth": _mouth, "face": _face, "fuse": _fuse}[setting.stage.name]
+  return judge(setting, moment, avatar, frame, image, probe)
 
 
-def _face(stage, phase, perceptual, avatar, frame, image, probe, step, members, sh_degree):
+def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
+  stage, phase, perceptual, capacity = setting
+  step, members, sh_degree = moment
   w = stage.weights
   green = jnp.broadcast_to(jnp.asarray(GREEN)[None, None, :], image.shape)
   hair = frame.classes == HAIR
@@ -67,7 +82,7 @@ def _face(stage, phase, perceptual, avatar, frame, image, probe, step, members, 
   motion = None if phase == "static" else face_motion(avatar, frame.controls, members)
   out = render_layer(
     face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
-    background=jnp.asarray(GREEN), active_sh=sh_degree, probe=probe,
+    background=jnp.asarray(GREEN), active_sh=sh_degree, probe=probe, capacity=capacity,
     features=None if motion is None else motion.attention,
     detached=None if motion is None else True)
   picture, alpha = out.color, out.alpha[..., 0]
@@ -99,7 +114,9 @@ def _face(stage, phase, perceptual, avatar, frame, image, probe, step, members, 
   return loss, _parts(l1, picture, target, out)
 
 
-def _mouth(stage, phase, perceptual, avatar, frame, image, probe, step, members, sh_degree):
+def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
+  stage, phase, perceptual, capacity = setting
+  _, members, sh_degree = moment
   w = stage.weights
   backdrop = jnp.asarray((0.0, 0.0, 0.0) if perceptual is not None else GREEN)
   mouth = frame.classes == MOUTH
@@ -111,7 +128,7 @@ def _mouth(stage, phase, perceptual, avatar, frame, image, probe, step, members,
   motion = None if phase == "static" else mouth_motion(avatar, frame.controls, members)
   out = render_layer(
     layer.splats, layer.alive, motion, frame.camera, *image.shape[1::-1],
-    background=backdrop, active_sh=sh_degree, probe=probe)
+    background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity)
   # Behind the lips the mouth may be anything: the face covers it (Q27: lips, not mouth).
   picture = jnp.where((lips & ~mouth)[..., None], blank, out.color)
   l1 = losses.l1(picture, target)
@@ -124,8 +141,10 @@ def _mouth(stage, phase, perceptual, avatar, frame, image, probe, step, members,
   return loss, _parts(l1, picture, target, out)
 
 
-def _fuse(stage, phase, perceptual, avatar, frame, image, probe, step, members, sh_degree):
-  del probe, step
+def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
+  del probe  # no splat is born in this stage
+  stage, _, perceptual, capacity = setting
+  _, members, sh_degree = moment
   w = stage.weights
   background = frame.background.astype(jnp.float32) / 255
   black = jnp.zeros(3)
@@ -135,7 +154,7 @@ def _fuse(stage, phase, perceptual, avatar, frame, image, probe, step, members, 
     # Geometry rests in this stage: nothing of the motion networks needs a gradient.
     layers.append(render_layer(
       layer.splats, layer.alive, jax.lax.stop_gradient(motion), frame.camera,
-      *image.shape[1::-1], background=black, active_sh=sh_degree))
+      *image.shape[1::-1], background=black, active_sh=sh_degree, capacity=capacity))
   face, mouth = layers
   behind = mouth.color + background * (1 - mouth.alpha)
   picture = face.color + behind * (1 - face.alpha)

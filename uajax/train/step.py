@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from uajax.avatar import Avatar
 from uajax.config import Experiment, Stage
 from uajax.train import densify, optimizer, sampling
-from uajax.train.objective import Phase, objective
+from uajax.train.objective import Moment, Phase, Setting, objective
 from uajax.types import MOUTH, Clip, Frame, Guide
 
 
@@ -66,11 +66,12 @@ def sh_degree(stage: Stage, step):
   return jnp.where(stage.name == "fuse", 2, jnp.minimum((step + 1) // stage.sh_every, 2))
 
 
-def train_step(experiment: Experiment, stage: Stage, phase: Phase, state: State, material: Material,
-               perceptual, key) -> tuple[State, dict]:
+def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
+               state: State, material: Material, perceptual, key) -> tuple[State, dict]:
   """One step on `experiment.batch` frames.
 
   Args:
+    capacity: of the rasteriser's pair list; None leaves it to the rasteriser.
     perceptual: LPIPS parameters where they are to be used, else None.
     key: of the stage.
 
@@ -87,12 +88,12 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, state: State,
   frames = jax.tree.map(lambda leaf: leaf[index], material.frames)
   members = jax.random.randint(
     jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
-  degree = sh_degree(stage, step)
+  setting = Setting(stage, phase, perceptual, capacity)
+  moment = Moment(step, members, sh_degree(stage, step))
 
   def loss_of(params, probes):
     avatar = optimizer.join(state.avatar, params)
-    one = lambda frame, probe: objective(
-      stage, phase, perceptual, avatar, frame, probe, step, members, degree)
+    one = lambda frame, probe: objective(setting, moment, avatar, frame, probe)
     if experiment.batch == 1:
       losses, parts = jax.tree.map(
         lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], frames), probes[0]))
@@ -128,9 +129,10 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, state: State,
   return state, report
 
 
-@functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase"), donate_argnums=3)
-def run_steps(experiment: Experiment, stage: Stage, phase: Phase, state: State, count,
-              material: Material, perceptual, key) -> tuple[State, dict]:
+@functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity"),
+                   donate_argnames="state")
+def run_steps(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
+              state: State, count, material: Material, perceptual, key) -> tuple[State, dict]:
   """`count` steps of one phase in one compiled loop; returns the sums of their reports.
 
   `count` is an array: a run of any length is the same program, so that where a run was cut and
@@ -139,11 +141,13 @@ def run_steps(experiment: Experiment, stage: Stage, phase: Phase, state: State, 
 
   def body(_, carry):
     state, sums = carry
-    state, report = train_step(experiment, stage, phase, state, material, perceptual, key)
+    state, report = train_step(
+      experiment, stage, phase, capacity, state, material, perceptual, key)
     return state, jax.tree.map(jnp.add, sums, report)
 
   shapes = jax.eval_shape(
-    lambda s: train_step(experiment, stage, phase, s, material, perceptual, key)[1], state)
+    lambda s: train_step(
+      experiment, stage, phase, capacity, s, material, perceptual, key)[1], state)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.fori_loop(0, count, body, (state, zeros))
 
