@@ -24,7 +24,8 @@ def from_opengl(
   NumPy in gives NumPy out, inverted in float64; JAX in gives JAX out. Both float32.
   """
   xp = np if isinstance(c2w, np.ndarray | list) else jnp
-  viewmat = xp.linalg.inv(xp.asarray(c2w, np.float64 if xp is np else None) @ _FLIP)
+  pose = xp.asarray(c2w, np.float64 if xp is np else None)
+  viewmat = xp.linalg.inv(pose @ xp.asarray(_FLIP, pose.dtype))
   zero, one = xp.zeros_like(viewmat[0, 0]), xp.ones_like(viewmat[0, 0])
   rows = [[focal_px * one, zero, width / 2 * one], [zero, focal_px * one, height / 2 * one],
           [zero, zero, one]]
@@ -35,5 +36,5 @@ def from_opengl(
 def to_opengl(camera: Camera) -> Float[Array, "4 4"]:
   """The camera's `transform_matrix`, float32; undoes `from_opengl`."""
   xp = np if isinstance(camera.viewmat, np.ndarray) else jnp
-  wide = xp.asarray(camera.viewmat, np.float64 if xp is np else None)
-  return (xp.linalg.inv(wide) @ _FLIP).astype(np.float32)
+  viewmat = xp.asarray(camera.viewmat, np.float64 if xp is np else None)
+  return (xp.linalg.inv(viewmat) @ xp.asarray(_FLIP, viewmat.dtype)).astype(np.float32)

@@ -5,8 +5,11 @@ torch keeps a linear layer as [out, in], a convolution as [out, in, width] and a
 [1, channels, rows, columns]; here inputs and channels come before outputs, or last.
 """
 
+import dataclasses
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uajax import torchfile, types
@@ -23,7 +26,7 @@ _HIDDEN = ("fc1", "fc_mu", "fc_var")
 def load_official(path: str | os.PathLike) -> Avatar:
   """Reads an official `chkpnt_fuse_latest.pth`: face and mouth, splats and motion.
 
-  The avatar holds NumPy arrays, every splat alive.
+  Every splat of the avatar is alive.
 
   Raises:
     UserError: where the file is no such checkpoint, or lacks or misshapes anything.
@@ -35,14 +38,15 @@ def load_official(path: str | os.PathLike) -> Avatar:
                     "motion): give chkpnt_fuse_latest.pth")
   face, mouth = _Weights(path, "face", loaded[1]), _Weights(path, "mouth", loaded[3])
   config = _config(face)
-  if (other := _mouth_config(mouth, config)) != config:
+  if (other := _shared_config(mouth, config)) != config:
     raise UserError(f"{path} has a mouth network of other sizes than its face network ({other}): "
                     "give a checkpoint of the official code")
   degrees = [_splats_degree(path, name, loaded[i]) for name, i in (("face", 0), ("mouth", 2))]
-  return Avatar(
+  avatar = Avatar(
     face=_layer(path, "face", loaded[0], _face_motion(face, config)),
     mouth=_layer(path, "mouth", loaded[2], _mouth_motion(mouth, config)),
     config=config, sh_degree=max(degrees))
+  return jax.tree.map(jnp.asarray, avatar)
 
 
 class _Weights:
@@ -95,7 +99,7 @@ def _planes_config(weights: _Weights, prefix: str) -> Planes:
   return Planes(features, sides[0], tuple(side // sides[0] for side in sides), bound)
 
 
-def _mouth_config(weights: _Weights, face: Motion | None) -> Motion:
+def _shared_config(weights: _Weights, face: Motion | None) -> Motion:
   """The config that the weights both layers have speak of; the rest from `face`."""
   windows = weights.take("audio_net.encoder_conv.0.weight", 32, None, 3)
   audio_code, _ = weights.take("audio_net.encoder_fc1.2.weight", None, 64).shape
@@ -111,10 +115,8 @@ def _mouth_config(weights: _Weights, face: Motion | None) -> Motion:
 
 
 def _config(weights: _Weights) -> Motion:
-  import dataclasses
-
   return dataclasses.replace(
-    _mouth_config(weights, None),
+    _shared_config(weights, None),
     emotion_planes=_planes_config(weights, "emotion_encoder.xyz_encoder"))
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from uajax.models.initial import within
+
 _SLOPE = 0.02
 
 
@@ -26,26 +28,17 @@ class Linear(nn.Module):
   def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
     inputs = x.shape[-1]
     limit = 0.0 if self.still else inputs**-0.5
-    y = x @ self.param("kernel", uniform(limit), (inputs, self.features))
+    y = x @ self.param("kernel", within(limit), (inputs, self.features))
     if not self.use_bias:
       return y
-    bias = self.param("bias", uniform(limit), (self.features,))
+    bias = self.param("bias", within(limit), (self.features,))
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-def uniform(limit: float):
-  """Initialiser: uniform within +-limit."""
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-  return init
 
 
 def _convolve(x: Float[Array, "b w d"], width: int, strides: int, name: str):
   limit = (3 * x.shape[-1]) ** -0.5
-  conv = nn.Conv(width, (3,), strides=strides, padding=1, kernel_init=uniform(limit),
-                 bias_init=uniform(limit), name=name)
+  conv = nn.Conv(width, (3,), strides=strides, padding=1, kernel_init=within(limit),
+                 bias_init=within(limit), name=name)
   return nn.leaky_relu(conv(x), _SLOPE)
 
 

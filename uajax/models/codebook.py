@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from uajax.config import Planes as PlanesConfig
 from uajax.models.audio import Linear
+from uajax.models.initial import PLANE, uniform
 from uajax.models.planes import Planes
 
 ENTRIES = 64  # of the code-book of a scale, times the scale's multiple
@@ -36,14 +37,10 @@ class EmotionEncoder(nn.Module):
     query = Linear(width, name="query")(emotion)
     codes = []
     for i, multiple in enumerate(self.config.multiples):
-      book = self.param(f"codebook_{i}", _uniform, (ENTRIES * multiple, width))
+      book = self.param(f"codebook_{i}", uniform(*PLANE), (ENTRIES * multiple, width))
       codes.append(look_up(book, query))
     features = Planes(self.config, name="planes")(points)
     return Emotion(jnp.concatenate(features, -1), jnp.concatenate(codes))
-
-
-def _uniform(key, shape, dtype=jnp.float32):
-  return jax.random.uniform(key, shape, dtype, 0.1, 0.5)
 
 
 def look_up(book: Float[Array, "e c"], query: Float[Array, " c"]) -> Float[Array, " c"]:

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels.fusion import Fused, fuse
 from uajax.config import Motion as MotionConfig
-from uajax.models.audio import Linear, uniform
+from uajax.models.audio import Linear
+from uajax.models.initial import within
 
 
 class Modality(NamedTuple):
@@ -61,7 +62,7 @@ class Ensemble(nn.Module):
     return nn.relu(jnp.einsum("nf,kfh->knh", x.varying, kernel) + bias[:, None]), mean, log_var
 
   def _layers(self, name: str, inputs: int, outputs: int, member) -> Layers:
-    init = uniform(inputs**-0.5)
+    init = within(inputs**-0.5)
     kernel = self.param(f"{name}_kernel", init, (self.members, inputs, outputs))
     bias = self.param(f"{name}_bias", init, (self.members, outputs))
     if member is not None:  # what the others would say is never computed

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uajax.config import Planes as PlanesConfig
+from uajax.models.initial import PLANE, uniform
 
 PAIRS = ((0, 1), (0, 2), (1, 2))  # (columns, rows)
 
@@ -29,13 +30,9 @@ class Planes(nn.Module):
     scales = []
     for i, multiple in enumerate(self.config.multiples):
       side = self.config.resolution * multiple
-      planes = self.param(f"scale_{i}", _uniform, (3, side, side, channels))
+      planes = self.param(f"scale_{i}", uniform(*PLANE), (3, side, side, channels))
       scales.append(sample(planes, points, self.config.bound))
     return scales
-
-
-def _uniform(key, shape, dtype=jnp.float32):
-  return jax.random.uniform(key, shape, dtype, 0.1, 0.5)
 
 
 def sample(
@@ -48,6 +45,7 @@ def sample(
     points: metres.
     bound: metres, where the planes end.
   """
+  planes, points = jnp.asarray(planes), jnp.asarray(points)
   side, channels = planes.shape[1], planes.shape[3]
   # In the order of the official code: on fine planes another rounding is another value.
   coordinate = (points - bound) * (2 / (-bound - bound)) - 1

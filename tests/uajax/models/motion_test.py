@@ -1,0 +1,156 @@
+"""The motion networks: what the savings must not change, and what a user would notice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uajax import types
+from uajax.config import Motion, Planes
+from uajax.errors import UserError
+from uajax.models.audio import AudioAttention, AudioNet
+from uajax.models.codebook import look_up
+from uajax.models.fusion import Modality, UncertaintyFusion
+from uajax.models.motion import FaceMotion, MouthMotion
+
+SMALL = Motion(
+  audio_channels=6, members=3, hidden=8, latent=5, features=8, still_heads=False,
+  planes=Planes(features=4, resolution=8, multiples=(1, 2)),
+  emotion_planes=Planes(features=4, resolution=4, multiples=(1, 2)))
+SPLATS = 12
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def controls(seed=0, channels=6):
+  return types.Controls(normal(seed, 8, channels, 16), normal(seed + 1, 6), normal(seed + 2, 64),
+                        normal(seed + 3, 64), normal(seed + 4, 128))
+
+
+@pytest.fixture(scope="module")
+def points():
+  return 0.05 * normal(9, SPLATS, 3)
+
+
+@pytest.fixture(scope="module")
+def face(points):
+  """The network compiled, and its parameters."""
+  net = FaceMotion(SMALL)
+  return jax.jit(net.apply), jax.jit(net.init)(jax.random.key(0), points, controls())
+
+
+def test_folding_constants_and_gains_equals_feeding_them_to_every_splat(points):
+  net = UncertaintyFusion(dataclasses.replace(SMALL, members=1))
+  varying, constant, gain = normal(1, SPLATS, 6), normal(2, 4), normal(3, 6)
+  folded = {"a": Modality(varying, gain, constant)}
+  fed = {"a": Modality(jnp.concatenate(
+    [jnp.broadcast_to(constant[None], (SPLATS, 4)), varying * gain[None]], -1))}
+  params = net.init(jax.random.key(0), folded, points)
+  ask = jax.jit(net.apply)
+  for a, b in zip(jax.tree.leaves(ask(params, folded, points)),
+                  jax.tree.leaves(ask(params, fed, points)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_of_parameters_bear_the_names_that_the_optimiser_knows(face, points):
+  ask, params = face
+  assert set(params["params"]) == {
+    "planes", "audio", "audio_attention", "audio_channels", "eye_attention", "expression",
+    "emotion", "fusion", "mean_head", "rotation_head", "scale_head"}
+  ensembles = params["params"]["fusion"]["ensembles"]
+  assert set(ensembles) == {"audio", "content", "style", "emotion"}
+  assert all(leaf.shape[0] == SMALL.members for leaf in jax.tree.leaves(ensembles))
+  mouth = jax.eval_shape(MouthMotion(SMALL).init, jax.random.key(0), points, controls())
+  assert set(mouth["params"]) == {"planes", "audio", "audio_attention", "fusion", "mean_head"}
+
+
+def test_one_member_hears_only_itself(face, points):
+  ask, params = face
+  members = jnp.array([2, 0, 1, 0])
+  before = ask(params, points, controls(), members)
+
+  def shake(path, leaf):  # every member but those asked
+    names = [p.key for p in path]
+    if "ensembles" not in names:
+      return leaf
+    asked = members[["audio", "content", "style", "emotion"].index(names[3])]
+    return leaf.at[jnp.arange(SMALL.members) != asked].add(1.0)
+
+  after = ask(jax.tree_util.tree_map_with_path(shake, params), points, controls(), members)
+  for a, b in zip(before, after, strict=True):
+    np.testing.assert_array_equal(a, b)
+  compiled = ask._cache_size()
+  other = ask(params, points, controls(), jnp.array([0, 0, 1, 0]))
+  assert ask._cache_size() == compiled, "another member must not compile anew"
+  assert np.abs(other.d_quat - before.d_quat).max() > 1e-6
+
+
+def test_equal_members_say_together_what_each_says_alone(face, points):
+  ask, params = face
+
+  def level(path, leaf):
+    names = [p.key for p in path]
+    return jnp.broadcast_to(leaf[:1], leaf.shape) if "ensembles" in names else leaf
+
+  params = jax.tree_util.tree_map_with_path(level, params)
+  one = ask(params, points, controls(), jnp.zeros(4, int))
+  all_ = ask(params, points, controls())
+  for a, b in zip(one, all_, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  assert np.abs(all_.epistemic).max() < 1e-6
+
+
+def test_gradients_are_finite_where_attention_vanishes(face, points):
+  ask, params = face
+  params = jax.tree.map(lambda x: x, params)  # a copy to write into
+  params["params"]["eye_attention"]["second"]["kernel"] *= 0
+
+  def loss(params, points):
+    out = ask(params, points, controls())
+    return sum(leaf.sum() for leaf in out)
+
+  grads = jax.jit(jax.grad(loss, (0, 1)))(params, points)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  assert np.abs(grads[1]).max() > 0, "the splats' centres must learn, too"
+
+
+def test_still_heads_start_without_motion(points):
+  net = FaceMotion(dataclasses.replace(SMALL, members=1, still_heads=True))
+  motion, _ = jax.jit(net.init_with_output)(jax.random.key(0), points, controls())
+  assert all(np.abs(x).max() == 0 for x in (motion.d_mean, motion.d_quat, motion.d_scale))
+
+
+def test_mouth_moves_mostly_up_and_down(points):
+  net = MouthMotion(SMALL)
+  motion, params = jax.jit(net.init_with_output)(jax.random.key(0), points, controls())
+  kernel = params["params"]["mean_head"]["second"]
+  kernel["kernel"] = jnp.broadcast_to(kernel["kernel"][:, :1], kernel["kernel"].shape)
+  kernel["bias"] = jnp.broadcast_to(kernel["bias"][:1], (3,))
+  x, y, z = jax.jit(net.apply)(params, points, controls(), jnp.array([0, 1, 2, 0])).d_mean.T
+  np.testing.assert_allclose(x, y / 5, rtol=1e-5)
+  np.testing.assert_allclose(z, y / 5, rtol=1e-5)
+  assert np.abs(motion.d_quat).max() == np.abs(motion.attention).max() == 0
+
+
+def test_other_audio_features_than_in_training_are_refused(face, points):
+  ask, params = face
+  with pytest.raises(UserError, match="audio windows"):
+    ask(params, points, controls(channels=7))
+
+
+@pytest.mark.parametrize("channels,width", [(29, 16), (1024, 2), (80, 20)])
+def test_audio_windows_of_any_width_become_one_code(channels, width):
+  codes, _ = jax.jit(AudioNet().init_with_output)(jax.random.key(0), normal(0, 8, channels, width))
+  code, _ = jax.jit(AudioAttention().init_with_output)(jax.random.key(0), codes)
+  assert codes.shape == (8, 32) and code.shape == (32,)
+  assert (code <= codes.max(0) + 1e-6).all() and (code >= codes.min(0) - 1e-6).all()
+
+
+def test_code_book_answers_a_clear_question_with_its_entry():
+  book = jnp.eye(4)
+  np.testing.assert_allclose(look_up(book, 200 * book[2]), book[2], atol=1e-6)
+  np.testing.assert_allclose(look_up(book, jnp.zeros(4)), 0.25)
