@@ -17,7 +17,6 @@ from kernels.splat import pallas, project, reference, tuning, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 EXTENTS = ("exact", "official")
-PAIRS_PER_SPLAT = {8: 32, 16: 16}  # guessed where no capacity is given and none can be measured
 
 
 class Rasterized(NamedTuple):
@@ -93,16 +92,14 @@ def rasterize(
   """
   means, quats, scales, opacities, colors, viewmats, Ks = map(
       jnp.asarray, (means, quats, scales, opacities, colors, viewmats, Ks))
-  n, cameras = means.shape[0], viewmats.shape[0]
-  features = jnp.zeros((n, 0), means.dtype) if features is None else jnp.asarray(features)
-  if backgrounds is None:
-    backgrounds = jnp.zeros(3, means.dtype)
-  backgrounds = jnp.asarray(backgrounds)
+  n, cameras = len(means), len(viewmats)
+  features = jnp.zeros((n, 0)) if features is None else jnp.asarray(features)
+  backgrounds = jnp.zeros(3) if backgrounds is None else jnp.asarray(backgrounds)
   if backgrounds.shape == (3,):
     backgrounds = jnp.broadcast_to(backgrounds[None], (cameras, 3))
-  bands = () if sh_degree is None else (colors.shape[1],)
+  bands = 0 if sh_degree is None or colors.ndim < 2 else colors.shape[1]
   expected = dict(means=(means, (n, 3)), quats=(quats, (n, 4)), scales=(scales, (n, 3)),
-                  opacities=(opacities, (n,)), colors=(colors, (n, *bands, 3)),
+                  opacities=(opacities, (n,)), colors=(colors, (n, 3) if sh_degree is None else (n, bands, 3)),
                   viewmats=(viewmats, (cameras, 4, 4)), Ks=(Ks, (cameras, 3, 3)),
                   backgrounds=(backgrounds, (cameras, 3)),
                   features=(features, (n, features.shape[-1])))
@@ -112,9 +109,9 @@ def rasterize(
   for name, (x, shape) in expected.items():
     if x.shape != shape:
       raise ValueError(f"{name} has shape {x.shape} where {shape} is needed")
-  if sh_degree is not None and not (0 <= sh_degree <= 3 and (sh_degree + 1)**2 <= bands[0]):
+  if sh_degree is not None and not (0 <= sh_degree <= 3 and (sh_degree + 1)**2 <= bands):
     raise ValueError(f"{sh_degree=} needs 0..3 and {(sh_degree + 1)**2} harmonics; "
-                     f"colors holds {bands[0]}")
+                     f"colors holds {bands}")
   if min(width, height, cameras) < 1:
     raise ValueError(f"an image of {width}x{height} px by {cameras} cameras is empty")
   if extent not in EXTENTS:
@@ -127,20 +124,25 @@ def rasterize(
     raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
   config = tuning.pick(platform, implementation)
 
+  # Only the reference reckons in float64, and only if it is asked to.
+  double = implementation == "reference" and means.dtype == jnp.float64
+  means, quats, scales, opacities, colors, viewmats, Ks, features, backgrounds, probe = (
+      jax.tree.map(lambda x: x.astype(jnp.float64 if double else jnp.float32), (
+          means, quats, scales, opacities, colors, viewmats, Ks, features, backgrounds, probe)))
   if n == 0:  # one splat that nobody sees spares all others the question
     means, quats, scales, opacities, colors, features = (
         jnp.zeros((1, *x.shape[1:]), x.dtype)
         for x in (means, quats, scales, opacities, colors, features))
-    probe = None if probe is None else jnp.zeros((cameras, 1, 2), probe.dtype)
+    probe = None if probe is None else jnp.zeros((cameras, 1, 2))
   splats = means, quats, scales, opacities, colors, features
   settings = dict(width=width, height=height, sh_degree=sh_degree, extent=extent)
   if capacity is None and implementation != "reference":
-    capacity = _capacity(splats, viewmats, Ks, probe, config.tile, settings)
+    capacity = _capacity(splats, viewmats, Ks, probe, config, settings)
   elif capacity is not None and capacity < 1:
     raise ValueError(f"{capacity=} is not positive")
   out = _rasterize(splats, viewmats, Ks, backgrounds, probe, **settings, attached=attached,
                    implementation=implementation, config=config, capacity=capacity)
-  return out._replace(radii=out.radii[:, :n])
+  return out if n else out._replace(radii=out.radii[:, :0])
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -232,14 +234,16 @@ def _trial(platform):
                          shapes, values)
     return vjp(shown)
 
-  def of(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
+  def lists():
+    z = jnp.zeros((1, 8))
+    still = jnp.zeros((1, 8), jnp.int32)
+    seen = project.Projected(jnp.zeros((1, 8, 2)), z, jnp.zeros((1, 8, 3)), z,
+                             jnp.zeros((1, 8, 4), jnp.int32), still)
+    return binning.build(seen, tiles, 64)
 
-  seen = project.Projected(of(1, 8, 2), of(1, 8), of(1, 8, 3), of(1, 8),
-                           of(1, 8, 4, dtype=jnp.int32), of(1, 8, dtype=jnp.int32))
-  pairs = jax.eval_shape(lambda seen: binning.build(seen, tiles, 64), seen)
+  shapes, values = (jax.ShapeDtypeStruct((8, k), jnp.float32) for k in (6, len(attached)))
   try:
-    jax.jit(draw).lower(of(8, 6), of(8, len(attached)), pairs).compile()
+    jax.jit(draw).lower(shapes, values, jax.eval_shape(lists)).compile()
   except Exception as error:  # whatever the compiler's trouble is, plain XLA draws the same
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
   return None
@@ -252,13 +256,13 @@ def _demand(splats, viewmats, Ks, probe, *, tile, width, height, sh_degree, exte
   return jnp.sum(binning.demand(seen.rect, tile), dtype=jnp.uint32)
 
 
-def _capacity(splats, viewmats, Ks, probe, tile, settings):
+def _capacity(splats, viewmats, Ks, probe, config, settings):
   """Pairs to make room for: counted if the values are known, else guessed."""
   values = jax.tree.map(jax.lax.stop_gradient, (splats, viewmats, Ks, probe))
   try:
-    needed = int(_demand(*values, tile=tile, **settings))
+    needed = int(_demand(*values, tile=config.tile, **settings))
   except jax.errors.ConcretizationTypeError:
-    needed = PAIRS_PER_SPLAT[tile] * splats[0].shape[0] * viewmats.shape[0]
+    needed = config.pairs * splats[0].shape[0] * viewmats.shape[0]
   # A few sizes only, so that growing scenes compile anew but seldom.
   step = 2 ** max(10, math.ceil(math.log2(max(needed, 1))) - 2)
   return -(-needed // step) * step or step

@@ -6,6 +6,7 @@ is installed and has a GPU. Prints a table and, if asked, writes JSON.
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -75,9 +76,8 @@ def measure(case: Case, implementation: str | None, repeat: int) -> dict[str, fl
 
 def measure_gsplat(case: Case, repeat: int) -> dict[str, float]:
   """The same of gsplat, RGB only."""
-  import gsplat
-  import torch
-
+  # By name, since neither is a dependency, not even an optional one.
+  gsplat, torch = importlib.import_module("gsplat"), importlib.import_module("torch")
   inputs = {k: torch.as_tensor(x, device="cuda") if hasattr(x, "shape") else x
             for k, x in scene(case).items()}
   names = ("means", "quats", "scales", "opacities", "colors")
