@@ -11,6 +11,7 @@ import json
 import logging
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -53,8 +54,7 @@ def run(out, *, seed: int = 0) -> dict:
     if not held_out.exists():
       synthetic.make(held_out, person, script=synthetic.held_out_script(seed), seed=seed + 1)
   with watch.step("speech"):
-    corpus = synthetic.corpus(seed + 2, CORPUS, person=person)
-    extractors = extract.train(subject, extract.SMALL, corpus=corpus)
+    extractors = extract.train(subject, extract.SMALL, corpus=lambda: _corpus(person, seed + 2))
   with watch.step("avatar"):
     trained = loop.train(subject, run_path, config.demo())
   avatar = trained.avatar()
@@ -97,6 +97,12 @@ def summarize(out, report: dict) -> str:
     f"mouth opening follows the truth with correlation "
     f"{sentence['mouth_opening_correlation']:.2f}",
   ])
+
+
+def _corpus(person: synthetic.Person, seed: int) -> Iterator[extract.CorpusItem]:
+  """More speech of the same voice, with what the face does to it; no pictures."""
+  for wav, label, intensity, expression in synthetic.corpus(seed, CORPUS, person=person):
+    yield wav, expression, synthetic.EMOTIONS[label], intensity
 
 
 def _hear(path: pathlib.Path, extractors) -> Clip:
