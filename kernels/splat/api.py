@@ -99,7 +99,8 @@ def rasterize(
     backgrounds = jnp.broadcast_to(backgrounds[None], (cameras, 3))
   bands = 0 if sh_degree is None or colors.ndim < 2 else colors.shape[1]
   expected = dict(means=(means, (n, 3)), quats=(quats, (n, 4)), scales=(scales, (n, 3)),
-                  opacities=(opacities, (n,)), colors=(colors, (n, 3) if sh_degree is None else (n, bands, 3)),
+                  opacities=(opacities, (n,)),
+                  colors=(colors, (n, 3) if sh_degree is None else (n, bands, 3)),
                   viewmats=(viewmats, (cameras, 4, 4)), Ks=(Ks, (cameras, 3, 3)),
                   backgrounds=(backgrounds, (cameras, 3)),
                   features=(features, (n, features.shape[-1])))
@@ -130,9 +131,9 @@ def rasterize(
       jax.tree.map(lambda x: x.astype(jnp.float64 if double else jnp.float32), (
           means, quats, scales, opacities, colors, viewmats, Ks, features, backgrounds, probe)))
   if n == 0:  # one splat that nobody sees spares all others the question
-    means, quats, scales, opacities, colors, features = (
-        jnp.zeros((1, *x.shape[1:]), x.dtype)
-        for x in (means, quats, scales, opacities, colors, features))
+    means, quats, scales, opacities, colors, features = jax.tree.map(
+        lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype),
+        (means, quats, scales, opacities, colors, features))
     probe = None if probe is None else jnp.zeros((cameras, 1, 2))
   splats = means, quats, scales, opacities, colors, features
   settings = dict(width=width, height=height, sh_degree=sh_degree, extent=extent)
