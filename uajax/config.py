@@ -176,8 +176,8 @@ def quick() -> Experiment:
     planes=fine, emotion_planes=dataclasses.replace(fine, features=64, multiples=(1, 2, 4)))
   return Experiment(
     model=Model(motion=motion),
-    mouth=_with_rates(_with_slots(shorten(MOUTH, 3_000, splats=2_000), 4_096), **rates),
-    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000, guide_every=5), 16_384),
+    mouth=_with_rates(_with_slots(shorten(MOUTH, 3_000, splats=2_000), 4_096, 2), **rates),
+    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000, guide_every=5), 16_384, 2),
                      **rates),
     fuse=shorten(FUSE, 1_000),
     picture_every=2_000, save_every=4_000)
@@ -192,8 +192,8 @@ def demo() -> Experiment:
   rates = dict(network=2e-3, attention=4e-3, planes=1e-2, means=1.6e-3, means_end=1.6e-5)
   return Experiment(
     model=Model(motion=motion),
-    mouth=_with_rates(_with_slots(shorten(MOUTH, 800, splats=600), 1_024, every=50), **rates),
-    face=_with_rates(_with_slots(shorten(FACE, 1_600, splats=1_500, guide_every=5), 3_072,
+    mouth=_with_rates(_with_slots(shorten(MOUTH, 800, splats=600), 1_024, 0, every=50), **rates),
+    face=_with_rates(_with_slots(shorten(FACE, 1_600, splats=1_500, guide_every=5), 3_072, 0,
                                  every=50), **rates),
     fuse=shorten(FUSE, 200),
     log_every=50, picture_every=800, save_every=800)
@@ -203,8 +203,9 @@ def _with_rates(stage: Stage, **rates) -> Stage:
   return dataclasses.replace(stage, rates=dataclasses.replace(stage.rates, **rates))
 
 
-def _with_slots(stage: Stage, slots: int, **changes) -> Stage:
-  densify = dataclasses.replace(stage.densify, slots=slots, max_slots=4 * slots, **changes)
+def _with_slots(stage: Stage, slots: int, doublings: int, **changes) -> Stage:
+  densify = dataclasses.replace(
+    stage.densify, slots=slots, max_slots=slots << doublings, **changes)
   return dataclasses.replace(stage, densify=densify)
 
 
