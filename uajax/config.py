@@ -135,6 +135,9 @@ class Experiment:
   fuse: Stage = FUSE
   scene_m: float = 0.2  # the scene's size (official: 1.1 x the spread of the cameras, Q31)
   batch: int = 1  # frames a step
+  # What a layer in training stands before. A new colour each step can only be shown by being
+  # transparent; before the official green, splats turn green where the picture has a hole.
+  backdrop: Literal["random", "green"] = "random"
   seed: int = 0
   log_every: int = 100
   picture_every: int = 2_500

@@ -1,8 +1,8 @@
 """What each stage asks of the picture (method.md D.3 face, D.4 mouth, D.5 fuse).
 
-Every objective is a pure function (avatar, frame, probe, ...) -> (loss, parts). The layers are
-rendered over the green backdrop of the official code: it shows through wherever a layer has a
-hole, so that holes cost. Axes: h w pixels, n splats.
+Every objective is a pure function of avatar, frame and probe. A layer is rendered over a
+backdrop that shows wherever the layer has a hole, and the target has the same one wherever the
+layer should not be: holes cost, and so does what sticks out. Axes: h w pixels, n splats.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from uajax.lpips import lpips
 from uajax.render import render_layer
 from uajax.types import FACE, HAIR, MOUTH, Frame
 
-GREEN = (0.0, 1.0, 0.0)
+GREEN = (0.0, 1.0, 0.0)  # the official backdrop
 PATCH_PX = {"face": 80, "mouth": 36, "fuse": 36}  # of LPIPS: the means of the official random sizes
 LIPS_PX = 64  # side to which the lip crop is resampled for LPIPS
 
@@ -49,6 +49,7 @@ class Moment(NamedTuple):
   step: Int[Array, ""]  # within the stage
   members: Int[Array, " 4"]  # read in phase "sample" only
   sh_degree: Int[Array, ""]  # bands above it are muted
+  backdrop: Float[Array, " 3"]
 
 
 def objective(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, probe):
@@ -68,21 +69,21 @@ def objective(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, pr
 
 def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
   stage, phase, perceptual, capacity = setting
-  step, members, sh_degree = moment
+  step, members, sh_degree, backdrop = moment
   w = stage.weights
-  green = jnp.broadcast_to(jnp.asarray(GREEN)[None, None, :], image.shape)
+  blank = jnp.broadcast_to(backdrop[None, None, :], image.shape)
   hair = frame.classes == HAIR
   mouth = frame.classes == MOUTH
   head = (frame.classes == FACE) | hair
   if perceptual is not None:
     mouth = losses.close(mouth)
-  target = jnp.where(head[..., None], image, green)
+  target = jnp.where(head[..., None], image, blank)
 
   face = avatar.face
   motion = None if phase == "static" else face_motion(avatar, frame.controls, members)
   out = render_layer(
     face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
-    background=jnp.asarray(GREEN), active_sh=sh_degree, probe=probe, capacity=capacity,
+    background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity,
     features=None if motion is None else motion.attention,
     detached=None if motion is None else True)
   picture, alpha = out.color, out.alpha[..., 0]
@@ -91,8 +92,8 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   bald = jnp.asarray(phase != "static") & (step < stage.hair_until) & (
     step % stage.hair_every != 0)
   hide = (hair & bald)[..., None]
-  picture, target = jnp.where(hide, green, picture), jnp.where(hide, green, target)
-  target = jnp.where(mouth[..., None], green, target)
+  picture, target = jnp.where(hide, blank, picture), jnp.where(hide, blank, target)
+  target = jnp.where(mouth[..., None], blank, target)
   l1 = losses.l1(picture, target)
   loss = (1 - w.ssim) * l1 + w.ssim * (1 - losses.ssim(picture, target))
   if motion is not None:
@@ -109,16 +110,15 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
     lips = [_crop(x, frame.lips) for x in (picture, target)]
     loss += w.lpips_lips * lpips(perceptual, *lips)
     here = _inside(frame.lips, head.shape)[..., None]
-    a, b = (losses.patches(jnp.where(here, green, x), PATCH_PX["face"]) for x in (picture, target))
+    a, b = (losses.patches(jnp.where(here, blank, x), PATCH_PX["face"]) for x in (picture, target))
     loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
   return loss, _parts(l1, picture, target, out)
 
 
 def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
   stage, phase, perceptual, capacity = setting
-  _, members, sh_degree = moment
+  _, members, sh_degree, backdrop = moment
   w = stage.weights
-  backdrop = jnp.asarray((0.0, 0.0, 0.0) if perceptual is not None else GREEN)
   mouth = frame.classes == MOUTH
   lips = _inside(frame.lips, mouth.shape)
   blank = jnp.broadcast_to(backdrop[None, None, :], image.shape)
@@ -144,7 +144,7 @@ def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image
 def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
   del probe  # no splat is born in this stage
   stage, _, perceptual, capacity = setting
-  _, members, sh_degree = moment
+  _, members, sh_degree, _ = moment
   w = stage.weights
   background = frame.background.astype(jnp.float32) / 255
   black = jnp.zeros(3)

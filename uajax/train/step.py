@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from uajax.avatar import Avatar
 from uajax.config import Experiment, Stage
 from uajax.train import densify, optimizer, sampling
-from uajax.train.objective import Moment, Phase, Setting, objective
+from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
 from uajax.types import MOUTH, Clip, Frame, Guide
 
 
@@ -89,7 +89,7 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   members = jax.random.randint(
     jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
   setting = Setting(stage, phase, perceptual, capacity)
-  moment = Moment(step, members, sh_degree(stage, step))
+  moment = Moment(step, members, sh_degree(stage, step), _backdrop(experiment, step, key))
 
   def loss_of(params, probes):
     avatar = optimizer.join(state.avatar, params)
@@ -168,20 +168,31 @@ def grow_and_prune(experiment: Experiment, stage: Stage, state: State, material:
     lambda new, old: jnp.where(growing, new, old),
     (splats, alive, born), (layer.splats, layer.alive, jnp.zeros_like(born)))
 
-  frame = jax.random.randint(jax.random.fold_in(key, 1), (), 0, material.mouth_share.shape[0])
-  camera = jax.tree.map(lambda leaf: leaf[frame], material.frames.camera)
-  degree = sh_degree(stage, step)
-  mask = (jnp.asarray([0, 1, 1, 1, 2, 2, 2, 2, 2]) <= degree).astype(jnp.float32)
-  backdrop = densify.is_backdrop(splats, camera, mask) & alive
-  if name == "face":
-    alive = alive & ~backdrop
-  else:
-    splats = densify.demote(splats, backdrop & growing)
-    born = born | (backdrop & growing)
+  if experiment.backdrop == "green":
+    alive, splats, born = _keep_off_green(stage, splats, alive, born, state, material, key)
   opt = state.opt | {"splats": densify.clear_moments(state.opt["splats"], born)}
   avatar = state.avatar.replace(**{name: layer.replace(splats=splats, alive=alive)})
   stats = densify.no_stats(alive.shape[0])
   return state.replace(avatar=avatar, opt=opt, stats=stats), change
+
+
+def _keep_off_green(stage: Stage, splats, alive, born, state: State, material: Material, key):
+  """The official rule for splats that took the green backdrop's colour (method.md D.3, D.4)."""
+  frame = jax.random.randint(jax.random.fold_in(key, 1), (), 0, material.mouth_share.shape[0])
+  camera = jax.tree.map(lambda leaf: leaf[frame], material.frames.camera)
+  degree = sh_degree(stage, state.step)
+  mask = (jnp.asarray([0, 1, 1, 1, 2, 2, 2, 2, 2]) <= degree).astype(jnp.float32)
+  green = densify.is_backdrop(splats, camera, mask) & alive
+  if stage.name == "face":
+    return alive & ~green, splats, born
+  green = green & (state.step < stage.densify.until)
+  return alive, densify.demote(splats, green), born | green
+
+
+def _backdrop(experiment: Experiment, step, key):
+  if experiment.backdrop == "green":
+    return jnp.asarray(GREEN)
+  return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 4), step), (3,))
 
 
 def _norm(tree):
