@@ -4,7 +4,7 @@ Pure functions over one pytree. Axes: n splats, h w pixels.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.struct
 import jax
@@ -72,7 +72,8 @@ def mouth_motion(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members) -> types.Motion:
-  return network.apply({"params": layer.motion}, layer.splats.means, controls, members)
+  answer = network.apply({"params": layer.motion}, layer.splats.means, controls, members)
+  return cast(types.Motion, answer)
 
 
 def deform(
@@ -115,13 +116,13 @@ def render(
   height, width, _ = background.shape
   motion = deform(avatar, controls, members)
   black = jnp.zeros(3, background.dtype)
-  how = dict(background=black, implementation=implementation, capacity=capacity, extent=extent)
+  draw = functools.partial(
+    render_layer, camera=camera, width=width, height=height, background=black,
+    implementation=implementation, capacity=capacity, extent=extent)
   seen = jnp.concatenate(
     [(motion.face.aleatoric + motion.face.epistemic)[:, None], motion.face.attention], -1)
-  face = render_layer(avatar.face.splats, avatar.face.alive, motion.face, camera, width, height,
-                      features=seen, detached=True, **how)
-  mouth = render_layer(avatar.mouth.splats, avatar.mouth.alive, motion.mouth, camera, width,
-                       height, **how)
+  face = draw(avatar.face.splats, avatar.face.alive, motion.face, features=seen, detached=True)
+  mouth = draw(avatar.mouth.splats, avatar.mouth.alive, motion.mouth)
   return types.Image(
     composite=composite(face.color, face.alpha, mouth.color, mouth.alpha, background),
     face=face.color, face_alpha=face.alpha, mouth=mouth.color, mouth_alpha=mouth.alpha,

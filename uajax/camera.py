@@ -4,6 +4,8 @@ method.md D.1: the principal point is the image's centre. Pixel centres lie at +
 the tracker projects to (u, v) falls on pixel (u - 0.5, v - 0.5).
 """
 
+from typing import cast
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,7 +16,7 @@ _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # y and z
 
 
 def from_opengl(
-  c2w: Float[Array, "4 4"],
+  c2w: Float[Array | np.ndarray, "4 4"],
   focal_px: float | Float[Array, ""],
   width: int,
   height: int,
@@ -30,10 +32,10 @@ def from_opengl(
   rows = [[focal_px * one, zero, width / 2 * one], [zero, focal_px * one, height / 2 * one],
           [zero, zero, one]]
   K = xp.stack([xp.stack(row) for row in rows])
-  return Camera(viewmat.astype(np.float32), K.astype(np.float32))
+  return Camera(*(cast(Array, x.astype(np.float32)) for x in (viewmat, K)))
 
 
-def to_opengl(camera: Camera) -> Float[Array, "4 4"]:
+def to_opengl(camera: Camera) -> Float[Array | np.ndarray, "4 4"]:
   """The camera's `transform_matrix`, float32; undoes `from_opengl`."""
   xp = np if isinstance(camera.viewmat, np.ndarray) else jnp
   viewmat = xp.asarray(camera.viewmat, np.float64 if xp is np else None)

@@ -42,11 +42,10 @@ def load_official(path: str | os.PathLike) -> Avatar:
     raise UserError(f"{path} has a mouth network of other sizes than its face network ({other}): "
                     "give a checkpoint of the official code")
   degrees = [_splats_degree(path, name, loaded[i]) for name, i in (("face", 0), ("mouth", 2))]
-  avatar = Avatar(
+  return Avatar(
     face=_layer(path, "face", loaded[0], _face_motion(face, config)),
     mouth=_layer(path, "mouth", loaded[2], _mouth_motion(mouth, config)),
     config=config, sh_degree=max(degrees))
-  return jax.tree.map(jnp.asarray, avatar)
 
 
 class _Weights:
@@ -235,8 +234,9 @@ def _layer(path, part: str, gaussians, motion: dict) -> Layer:
   if rest.shape[1] != 8:  # a lower degree has fewer; the others are silent
     rest = np.concatenate([rest[:, :8], np.zeros((count, max(8 - rest.shape[1], 0), 3), "f4")], 1)
   splats = types.Splats(
-    means=weights.take("means", count, 3), raw_scales=weights.take("raw_scales", count, 3),
-    quats=weights.take("quats", count, 4),
-    logit_opacities=weights.take("logit_opacities", count, 1)[:, 0],
-    sh_dc=weights.take("sh_dc", count, 1, 3), sh_rest=rest)
-  return Layer(splats, np.ones(count, bool), motion)
+    means=jnp.asarray(weights.take("means", count, 3)),
+    raw_scales=jnp.asarray(weights.take("raw_scales", count, 3)),
+    quats=jnp.asarray(weights.take("quats", count, 4)),
+    logit_opacities=jnp.asarray(weights.take("logit_opacities", count, 1)[:, 0]),
+    sh_dc=jnp.asarray(weights.take("sh_dc", count, 1, 3)), sh_rest=jnp.asarray(rest))
+  return Layer(splats, jnp.ones(count, bool), jax.tree.map(jnp.asarray, motion))

@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 import zipfile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _PICKLE_LIMIT = 1 << 28  # bytes of a pickle itself, its tensors not counted
 _COPY_LIMIT = 1 << 22  # elements that a tensor may claim beyond its storage (an expanded view)
 _DEPTH = 100  # of containers in containers
+_Order = Literal["<", ">"]
 
 # Storage class or dtype -> what NumPy reads (bfloat16 is widened afterwards).
 _DTYPES = {
@@ -117,7 +118,7 @@ class _Tensor(_Sealed):
     self.shape, self.strides = tuple(shape), tuple(strides)
     self.code = code or storage.code
 
-  def array(self, order: str) -> np.ndarray:
+  def array(self, order: _Order) -> np.ndarray:
     stored = "u2" if self.code == "bf16" else self.code
     dtype = np.dtype(stored).newbyteorder(order)
     memory = np.frombuffer(self.storage.data, np.uint8)
@@ -226,7 +227,7 @@ class _Reader:
   def __init__(self, path):
     self.path = path
     self.storages: dict[str, _Storage] = {}
-    self.order = "<"
+    self.order: _Order = "<"
 
   def read_archive(self, archive: zipfile.ZipFile, size: int) -> Any:
     members = {info.filename: info for info in archive.infolist()}

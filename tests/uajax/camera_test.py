@@ -24,7 +24,7 @@ def tracked(seed=0):
 def test_what_the_tracker_projects_to_u_v_falls_on_pixel_u_v_less_a_half():
   rotation, shift, c2w = tracked()
   camera = from_opengl(c2w, FOCAL_PX, WIDTH, HEIGHT)
-  # The tracker: u = -f X / Z + W / 2, v = f Y / Z + H / 2 (method.md E 8), here at a pixel's centre.
+  # The tracker: u = -f X / Z + W / 2, v = f Y / Z + H / 2 (method.md E 8); here a pixel centre.
   u, v, z = 41.5, 12.5, -0.68
   inside = np.array([-(u - WIDTH / 2) * z / FOCAL_PX, (v - HEIGHT / 2) * z / FOCAL_PX, z])
   point = rotation.T @ (inside - shift)

@@ -6,8 +6,6 @@ Axes: b neighbouring windows (8), d audio channels, w steps of a window, c code.
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uajax.models.initial import within

@@ -54,12 +54,13 @@ def sample(
   weight = at - low
   column, row = (jnp.asarray(axes) for axes in zip(*PAIRS, strict=True))
   right, down = weight[:, column].T[..., None], weight[:, row].T[..., None]  # [p n 1]
-  first = jnp.arange(3)[:, None] * side * side + low[:, row].T * side + low[:, column].T
-  texels = planes.reshape(-1, channels)
-
-  def texel(offset: int) -> Float[Array, "p n c"]:
-    return texels.at[first + offset].get(mode="promise_in_bounds")
-
-  top = texel(0) * (1 - right) + texel(1) * right
-  bottom = texel(side) * (1 - right) + texel(side + 1) * right
-  return (top * (1 - down) + bottom * down).prod(0)
+  plane = jnp.broadcast_to(jnp.arange(3)[:, None], (3, points.shape[0]))
+  corners = jnp.stack([plane, low[:, row].T, low[:, column].T], -1)
+  # One window of 2 x 2 texels a plane: a quarter of the look-ups, which is what a CPU pays for.
+  windows = jax.lax.gather(
+    planes, corners,
+    jax.lax.GatherDimensionNumbers(
+      offset_dims=(2, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0, 1, 2)),
+    (1, 2, 2, channels), mode="promise_in_bounds")
+  rows = windows[:, :, :, 0] * (1 - right[:, :, None]) + windows[:, :, :, 1] * right[:, :, None]
+  return (rows[:, :, 0] * (1 - down) + rows[:, :, 1] * down).prod(0)

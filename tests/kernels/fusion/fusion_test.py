@@ -90,9 +90,9 @@ def test_nothing_but_the_mean_is_computed_when_nobody_looks_at_the_traces():
   means, log_vars = beliefs()
 
   def flops(f):
-    return jax.jit(f).lower(means, log_vars).compile().as_text().count("custom-call")
+    return jax.jit(f).lower(means, log_vars).compile().cost_analysis()["flops"]
 
-  assert flops(lambda m, s: fuse(m, s).mean) < flops(lambda m, s: fuse(m, s))
+  assert flops(lambda m, s: fuse(m, s).mean) < 0.95 * flops(lambda m, s: fuse(m, s))
 
 
 def test_refuses_what_it_cannot_fuse():
