@@ -8,6 +8,7 @@ Axes: m windows, f video frames, l labels (neutral first), v visual feature.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -207,15 +208,10 @@ def feel(
 ) -> tuple[Float[np.ndarray, "m 128"], Float[np.ndarray, "m l"]]:
   """The emotion feature of windows centred on the frames `at`, and the labels' probabilities."""
 
-  @jax.jit
-  def apply(params, views):
-    heard = EmotionNet(labels, config).apply({"params": params}, views, spread)
-    return getattr(heard, config.tap), jax.nn.softmax(heard.logits)
-
   size = 16
   parts = [
     in_batches(
-      lambda *v: apply(trunk, Views(*v)),
+      lambda *v: _hear(trunk, Views(*v), spread, labels, config),
       *features.centred(whole, at[i : i + size], config.window_s),
       size=size,
     )
@@ -223,6 +219,12 @@ def feel(
   ]
   tapped, probabilities = zip(*parts, strict=True)
   return np.concatenate(tapped), np.concatenate(probabilities)
+
+
+@functools.partial(jax.jit, static_argnames=("labels", "config"))
+def _hear(trunk, views, spread, labels, config):
+  heard = EmotionNet(labels, config).apply({"params": trunk}, views, spread)
+  return getattr(heard, config.tap), jax.nn.softmax(heard.logits)
 
 
 def between(

@@ -71,7 +71,7 @@ SMALL = ExtractConfig(  # seconds on two cores, for demos and tests
   lip=LipConfig(
     width=8,
     residuals=(0, 1, 1, 0),
-    fit=FitConfig(steps=300, batch=64, rate=3e-3, block=50, patience=3, averaging=0.98),
+    fit=FitConfig(steps=500, batch=40, rate=5e-3, block=50, patience=3, averaging=0.98),
   ),
   style=StyleConfig(
     hidden=64,
@@ -91,6 +91,7 @@ SMALL = ExtractConfig(  # seconds on two cores, for demos and tests
     lstm_pool="statistics",
     cepstra="standard",
     dropout=0.3,
+    tap="F2",  # from scratch the waveform knows too little to stand alone
     wav=Wav2Vec2Config(
       conv_channels=24,
       conv_kernels=(16, 8, 4, 4),
@@ -620,8 +621,10 @@ def _learn_emotion(
   prototypes = {}
   if teaches:
     chosen = np.concatenate(pure)
-    if not chosen.any():  # the emotion changes within every window
-      chosen[:] = True
+    for label in labels:  # where it lasts for no whole window, those centred on it stand for it
+      mine = np.array([name == label for name, _ in spoken])
+      if not (chosen & mine).any():
+        chosen |= mine
     prototypes = control.prototypes(
       scale.apply(np.concatenate(rows)[chosen]).clip(-LIMIT, LIMIT),
       [label for (label, _), c in zip(spoken, chosen, strict=True) if c],

@@ -8,6 +8,7 @@ Axes: f frames, r runs of consecutive frames, k frames of a run.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,10 @@ class LipConfig:
   lead: int = 2  # frames that a window begins before its frame (speech.features.lip_indices)
   dropout: float = 0.1
   change_weight: float = 0.5  # of the L1 of first differences
+  # Of the squared error beside the L1. L1 alone answers with the median, and so never closes the
+  # lips: they are closed in few frames (procedural person, mean correlation of the mouth's eight
+  # controls on new sentences, 300 steps: 0.78 at 0.5, 0.88 at 2, 0.89 at 5).
+  square_weight: float = 4.0
   fit: FitConfig = FitConfig()
 
 
@@ -165,7 +170,11 @@ def train(
     )
     error = (said - target).reshape(count, RUN, EXPRESSION)
     change = jnp.diff(error, axis=1)
-    return jnp.abs(error).mean() + config.change_weight * jnp.abs(change).mean()
+    return (
+      jnp.abs(error).mean()
+      + config.change_weight * jnp.abs(change).mean()
+      + config.square_weight * jnp.square(error).mean()
+    )
 
   def score(params: Params, batch):
     mel, ratio, target = batch
@@ -196,5 +205,9 @@ def express(
   """f_exp of every window, eyes open unless `ratio` says otherwise."""
   if ratio is None:
     ratio = np.zeros(len(windows), np.float32)
-  apply = jax.jit(lambda p, m, r: LipExpert(config).apply({"params": p}, m, ref, r))
-  return in_batches(lambda m, r: apply(params, m, r), windows, ratio)
+  return in_batches(lambda m, r: _express(params, m, ref, r, config), windows, ratio)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _express(params, mel, ref, ratio, config):
+  return LipExpert(config).apply({"params": params}, mel, ref, ratio)

@@ -8,6 +8,7 @@ Axes: b recordings or chunks of them, t frames.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -61,5 +62,9 @@ def tone(
   short = -frames % _BUCKET
   padded = np.pad(windows, ((0, short), (0, 0), (0, 0)))
   valid = np.arange(frames + short) < frames
-  apply = jax.jit(lambda p, m, v: StyleNet(config).apply({"params": p}, m, v))
-  return np.asarray(apply(params, padded[None], valid[None]))[0, :frames]
+  return np.asarray(_tone(params, padded[None], valid[None], config))[0, :frames]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _tone(params, mel, valid, config):
+  return StyleNet(config).apply({"params": params}, mel, valid)

@@ -93,29 +93,30 @@ def mel_windows(wav: Float[np.ndarray, " s"], frames: int) -> Float[np.ndarray, 
 def lip_windows(
   wav: Float[np.ndarray, " s"], frames: int, *, lead: int = 0
 ) -> Float[np.ndarray, "f 80 16"]:
-  """Mel windows of the prior networks, in [-4, 4]; see `lip_indices` for `lead`."""
+  """Mel windows of the prior networks, in [-4, 4]; see `lip_starts` for `lead`."""
   spectrum = mel(wav)
   indices = lip_indices(frames, spectrum.shape[1], lead=lead)
   if spectrum.shape[1] < WINDOW:  # a recording shorter than one window ends in silence
-    spectrum = np.pad(
-      spectrum, ((0, 0), (0, WINDOW - spectrum.shape[1])), constant_values=SILENCE
-    )
+    spectrum = np.pad(spectrum, ((0, 0), (0, WINDOW - spectrum.shape[1])), constant_values=SILENCE)
   return spectrum[:, indices].transpose(1, 0, 2)
 
 
-def lip_indices(frames: int, steps: int, *, lead: int = 0) -> Int[np.ndarray, "f 16"]:
-  """Mel steps that each frame's window takes of `steps` (method.md A.0, table).
+def lip_starts(frames: int, steps: int, *, lead: int = 0) -> Int[np.ndarray, " f"]:
+  """Mel step where each frame's window begins in a recording of `steps` (method.md A.0, table).
 
-  lead=0: [s, s + 16) with s = int(3.2 i); beyond the end the last 16 steps (Wav2Lip, Style Net).
-  lead=2: the window begins two frames earlier, so that the frame lies near its middle
-  (s = int(3.2 (i - 2)), toward zero); each step is clamped to the recording (Audio2Exp).
+  lead=0: int(3.2 i), but never later than the last 16 steps (Wav2Lip, Style Net).
+  lead=2: two frames earlier, so that the frame lies near the window's middle: int(3.2 (i - 2)),
+  rounded toward zero; a window may reach out of the recording (Audio2Exp).
   """
-  steps = max(steps, WINDOW)
   shifted = 16 * (np.arange(frames) - lead)
   starts = np.sign(shifted) * (np.abs(shifted) // 5)
-  if lead == 0:
-    starts = np.minimum(starts, steps - WINDOW)
-  return np.clip(starts[:, None] + np.arange(WINDOW)[None, :], 0, steps - 1)
+  return np.minimum(starts, max(steps, WINDOW) - WINDOW) if lead == 0 else starts
+
+
+def lip_indices(frames: int, steps: int, *, lead: int = 0) -> Int[np.ndarray, "f 16"]:
+  """Mel steps that each frame's window takes of `steps`, clamped to the recording."""
+  at = lip_starts(frames, steps, lead=lead)[:, None] + np.arange(WINDOW)[None, :]
+  return np.clip(at, 0, max(steps, WINDOW) - 1)
 
 
 def gather(

@@ -79,5 +79,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], layers: int) -> dict:
     ends = (f"_l{layer}", f"_l{layer}_reverse")
     params[f"in_{layer}"] = np.stack([tensors["weight_ih" + e].T for e in ends])
     params[f"state_{layer}"] = np.stack([tensors["weight_hh" + e].T for e in ends])
-    params[f"bias_{layer}"] = np.stack([tensors["bias_ih" + e] + tensors["bias_hh" + e] for e in ends])
+    params[f"bias_{layer}"] = np.stack(
+      [tensors["bias_ih" + e] + tensors["bias_hh" + e] for e in ends]
+    )
   return params
