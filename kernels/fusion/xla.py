@@ -74,7 +74,10 @@ def _assemble(means, log_vars, ddof) -> _System:
   spread, centre = _contrast(means, ddof)
   splats, modalities, width, latent = spread.shape
   size = modalities * width
-  precision = 1 / jnp.exp(log_vars).mean(1).swapaxes(0, 1)
+  # The barriers keep XLA from computing all exponentials and contrasts anew for every row that
+  # they scale below.
+  spread = jax.lax.optimization_barrier(spread)
+  precision = jax.lax.optimization_barrier(1 / jnp.exp(log_vars).mean(1).swapaxes(0, 1))
   total = precision.sum(1)
   # Off the diagonal blocks the system is -A_m^T (p_m p_l / total) A_l; on them it is
   # 1 + A_m^T p_m (total - p_m) / total A_m. The difference is summed from the others'
@@ -83,12 +86,13 @@ def _assemble(means, log_vars, ddof) -> _System:
     [sum((precision[:, j] for j in range(modalities) if j != m), jnp.zeros_like(total))
      for m in range(modalities)], 1)
   share = precision / total[:, None]
+  inner, share = jax.lax.optimization_barrier((share * others, share))
   gram = functools.partial(jnp.einsum, "niz,njz->nij", precision="highest")
 
   def flat(rows):
     return (spread * rows[:, :, None]).reshape(splats, size, latent)
 
-  within = gram(spread.reshape(splats, size, latent), flat(share * others))
+  within = gram(spread.reshape(splats, size, latent), flat(inner))
   across = gram(flat(share), flat(precision))
   block = np.arange(size) // width
   same = jnp.asarray(block[:, None] == block[None])[None]
