@@ -32,15 +32,15 @@ def prototypes(
 
   Intensities are grouped in quarters. Without any neutral speech the mean of all stands for it.
   """
-  labels = np.asarray(labels)
+  said = np.asarray(labels)
   strength = np.asarray(intensities, np.float32)
-  rest = (labels == NEUTRAL) | (strength < 0.05)
+  rest = (said == NEUTRAL) | (strength < 0.05)
   zero = rows[rest if rest.any() else slice(None)].mean(axis=0)
   found = {}
   if rest.any():
     found[NEUTRAL] = Prototype(np.zeros(1, np.float32), zero[None])
-  for label in sorted(set(labels[~rest])):
-    mine = (labels == label) & ~rest
+  for label in sorted(set(said[~rest])):
+    mine = (said == label) & ~rest
     quarters = np.maximum(1, np.round(4 * strength)).astype(int)
     levels, vectors = [np.float32(0)], [zero]
     for quarter in np.unique(quarters[mine]):

@@ -10,7 +10,7 @@ Axes: m windows, f video frames, l labels (neutral first), v visual feature.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from uajax.emotion import network
 from uajax.emotion.network import AligningNet, EmotionConfig, EmotionNet, Ranges
-from uajax.priors.fit import FitConfig, Fitted, Params, fit, in_batches
+from uajax.priors.fit import FitConfig, Fitted, Params, fit, in_batches, random_key
 from uajax.speech import features
 from uajax.speech.features import Views
 from uajax.types import EMOTION, FPS
@@ -136,7 +136,8 @@ def train(
     tapped = -(target * jax.nn.log_softmax(heard.tap_logits)).sum(-1)
     value = entropy.mean() + settings.tap_weight * tapped.mean()
     if visual is not None:
-      said = _unit(align.apply({"params": params["align"]}, heard.joint))
+      aligned: Any = align.apply({"params": params["align"]}, heard.joint)
+      said = _unit(aligned)
       told = _unit(seen)
       apart = (1 - (said * told).sum(-1)) + jnp.square(said - told).mean(-1)
       value += settings.align_weight * (apart * mask).sum() / jnp.maximum(mask.sum(), 1.0)
@@ -168,9 +169,9 @@ def train(
     heard = net.apply({"params": params["trunk"]}, views, spread)
     return distance(heard, params, target, seen, (jnp.abs(seen).sum(-1) > 0).astype(jnp.float32))
 
-  params = {"trunk": initialise(config, labels, seed, listen)}
+  params: dict[str, Any] = {"trunk": initialise(config, labels, seed, listen)}
   if visual is not None:
-    params["align"] = align.init(jax.random.key(seed + 1), jnp.zeros((1, 3 * EMOTION)))["params"]
+    params["align"] = align.init(random_key(seed + 1), jnp.zeros((1, 3 * EMOTION)))["params"]
   rates = None
   if listen is not None:
     rates = jax.tree.map(lambda _: 1.0, params)
@@ -223,7 +224,7 @@ def feel(
 
 @functools.partial(jax.jit, static_argnames=("labels", "config"))
 def _hear(trunk, views, spread, labels, config):
-  heard = EmotionNet(labels, config).apply({"params": trunk}, views, spread)
+  heard: Any = EmotionNet(labels, config).apply({"params": trunk}, views, spread)
   return getattr(heard, config.tap), jax.nn.softmax(heard.logits)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from uajax.priors.fit import random_key
 from uajax.speech.features import CEPSTRA, SPECTRUM_BINS, Views
 from uajax.speech.recurrent import BiLSTM
 from uajax.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -49,10 +50,10 @@ class EmotionConfig:
 class Ranges(NamedTuple):
   """How the training speech spreads; kept beside the parameters (Q54)."""
 
-  low_db: Float[Array, " 200"]  # of every frequency bin
-  high_db: Float[Array, " 200"]
-  mean: Float[Array, " 40"]  # of the cepstra
-  deviation: Float[Array, " 40"]
+  low_db: Float[Array | np.ndarray, " 200"]  # of every frequency bin
+  high_db: Float[Array | np.ndarray, " 200"]
+  mean: Float[Array | np.ndarray, " 40"]  # of the cepstra
+  deviation: Float[Array | np.ndarray, " 40"]
 
 
 class Heard(NamedTuple):
@@ -136,9 +137,9 @@ class AligningNet(nn.Module):
 
 
 def picture(
-  spectrogram: Float[Array, "b 200 t"],
-  low: Float[Array, " 200"],
-  high: Float[Array, " 200"],
+  spectrogram: Float[Array | np.ndarray, "b 200 t"],
+  low: Float[Array | np.ndarray, " 200"],
+  high: Float[Array | np.ndarray, " 200"],
   size: tuple[int, int],
   channels: int,
 ) -> Float[Array, "b h w c"]:
@@ -148,9 +149,10 @@ def picture(
   # 8-bit steps (method.md B.1) are left out: they are below what the network can tell.
   image = jax.image.resize(unit[:, ::-1], (len(unit), *size), "bilinear")
   if channels == 3:
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
   else:
-    mean, deviation = np.full(channels, 0.449, np.float32), np.full(channels, 0.226, np.float32)
+    mean, deviation = np.full(channels, 0.449), np.full(channels, 0.226)
+  mean, deviation = mean.astype(np.float32), deviation.astype(np.float32)
   return (image[..., None] - mean[None, None, None]) / deviation[None, None, None]
 
 
@@ -179,4 +181,4 @@ def initialise(config: EmotionConfig, labels: int, seed: int) -> dict:
   zeros, ones = jnp.zeros(SPECTRUM_BINS), jnp.ones(SPECTRUM_BINS)
   ranges = Ranges(zeros, ones, zeros[:CEPSTRA], ones[:CEPSTRA])
   init = jax.jit(EmotionNet(labels, config).init)
-  return init(jax.random.key(seed), views, ranges)["params"]
+  return init(random_key(seed), views, ranges)["params"]

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from uajax.emotion import control, distill, network
 from uajax.emotion.control import Prototype
@@ -82,10 +82,10 @@ SMALL = ExtractConfig(  # seconds on two cores, for demos and tests
   ),
   emotion=EmotionConfig(
     window_s=1.0,
-    image=(96, 96),
+    image=(64, 64),
     channels=1,
     convolutions=(8, 12, 16, 16, 16),
-    pool=(2, 2),
+    pool=(1, 1),
     lstm=32,
     lstm_layers=1,
     lstm_pool="statistics",
@@ -93,13 +93,13 @@ SMALL = ExtractConfig(  # seconds on two cores, for demos and tests
     dropout=0.3,
     tap="F2",  # from scratch the waveform knows too little to stand alone
     wav=Wav2Vec2Config(
-      conv_channels=24,
+      conv_channels=16,
       conv_kernels=(16, 8, 4, 4),
       conv_strides=(10, 4, 4, 2),
-      hidden=48,
+      hidden=32,
       layers=1,
       heads=4,
-      feed_forward=96,
+      feed_forward=64,
       position_kernel=16,
       position_groups=4,
     ),
@@ -116,7 +116,7 @@ class Scale(NamedTuple):
   mean: Float[np.ndarray, " d"]
   deviation: Float[np.ndarray, " d"]
 
-  def apply(self, x: Float[np.ndarray, "f d"]) -> Float[np.ndarray, "f d"]:
+  def apply(self, x: Float[Array | np.ndarray, "f d"]) -> Any:
     return ((x - self.mean[None, :]) / self.deviation[None, :]).astype(np.float32)
 
 
@@ -194,13 +194,13 @@ def hear(
   gain_db = _leeway(extractors.level_db - speech_level_db(wav))
   wav = (wav * 10 ** (gain_db / 20)).astype(np.float32)
   c = extractors.config
-  expression = lip.express(
+  expression: Any = lip.express(
     extractors.params["lip"],
     features.lip_windows(wav, frames, lead=c.lip.lead),
     extractors.ref,
     c.lip,
   )
-  tone = style.tone(
+  tone: Any = style.tone(
     extractors.params["style"], features.lip_windows(wav, frames, lead=c.style.lead), c.style
   )
   if emotion is None:
@@ -214,7 +214,7 @@ def hear(
       c.emotion,
     )
     rows = extractors.scales["emotion"].apply(tapped).clip(-LIMIT, LIMIT)
-    heard = distill.between(at, rows, frames)
+    heard: Any = distill.between(at, rows, frames)
   else:
     heard = np.asarray(emotion, np.float32)
     if heard.shape not in ((EMOTION,), (frames, EMOTION)):
@@ -223,8 +223,9 @@ def hear(
       )
     heard = np.broadcast_to(heard, (frames, EMOTION))
   scales = extractors.scales
+  windows: Any = features.mel_windows(wav, frames)
   return Speech(
-    audio=features.mel_windows(wav, frames),
+    audio=windows,
     f_exp=scales["f_exp"].apply(expression).clip(-LIMIT, LIMIT),
     f_tone=scales["f_tone"].apply(tone).clip(-LIMIT, LIMIT),
     emotion=heard,
@@ -235,7 +236,7 @@ def expression(extractors: Extractors, speech: Speech) -> Float[np.ndarray, "f 6
   """The Lip Expert's expression in the tracker's own units."""
   f_exp, person = extractors.scales["f_exp"], extractors.scales["expression"]
   standard = speech.f_exp * f_exp.deviation[None, :] + f_exp.mean[None, :]
-  return standard * person.deviation[None, :] + person.mean[None, :]
+  return np.asarray(standard * person.deviation[None, :] + person.mean[None, :])
 
 
 def speech_level_db(wav: Float[np.ndarray, " s"]) -> float:
@@ -259,7 +260,7 @@ def save(folder: str | pathlib.Path, extractors: Extractors) -> None:
   folder = pathlib.Path(folder)
   arrays = _arrays(extractors)
   stream = io.BytesIO()
-  np.savez(stream, **arrays)
+  np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
   record = {
     "version": VERSION,
     "parameters": _digest(stream.getvalue()),
@@ -345,10 +346,10 @@ def _require_shapes(extractors: Extractors) -> None:
     **jax.eval_shape(lambda: fuse.initialise(c.style, 0)),
     "emotion": jax.eval_shape(lambda: network.initialise(c.emotion, len(extractors.labels), 0)),
   }
-  expected = {k: v.shape for k, v in flax.traverse_util.flatten_dict(expected, sep="/").items()}
-  found = flax.traverse_util.flatten_dict(extractors.params, sep="/")
+  flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(expected, sep="/"))
+  found: dict[str, Any] = dict(flax.traverse_util.flatten_dict(extractors.params, sep="/"))
   found = {k: v for k, v in found.items() if not k.startswith("align/")}
-  if {k: v.shape for k, v in found.items()} != expected:
+  if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in flat.items()}:
     raise ValueError("the parameters do not fit the settings")
   sizes = dict(expression=EXPRESSION, f_exp=EXPRESSION, f_tone=EXPRESSION, emotion=EMOTION)
   for name, size in sizes.items():
@@ -584,7 +585,7 @@ def _learn_emotion(
     config = dataclasses.replace(config, wav=wav_config)
   else:
     notes.append("the wav2vec2 branch starts from scratch: no weights were given")
-  total = sum(r.teaching.sum(axis=0) for r in recordings)
+  total = np.sum([r.teaching.sum(axis=0) for r in recordings], axis=0)
   teaches, score = (total >= 5).sum() >= 2, None  # frames' worth of two labels at least
   if teaches:
     fitted = distill.train(
@@ -732,9 +733,9 @@ def _write_features(path: pathlib.Path, material: _Material, extractors: Extract
     folder.write_features(
       path,
       split,
-      f_exp=speech.f_exp[rows],
-      f_tone=speech.f_tone[rows],
-      emotion=speech.emotion[rows],
+      f_exp=np.asarray(speech.f_exp)[rows],
+      f_tone=np.asarray(speech.f_tone)[rows],
+      emotion=np.asarray(speech.emotion)[rows],
     )
   with aside(record) as partial:
     partial.write_text(json.dumps(state(), indent=1, sort_keys=True))

@@ -6,13 +6,15 @@ f_tone has to carry what the single sounds do not tell. It serves training only.
 Axes: b chunks, t frames of a chunk.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uajax.priors.fit import Fitted, Params, fit
+from uajax.priors.fit import Fitted, Params, fit, random_key
 from uajax.priors.lip import Lessons, augment
 from uajax.priors.style import StyleConfig, StyleNet
 from uajax.types import EXPRESSION
@@ -31,7 +33,7 @@ class FuseNet(nn.Module):
 
 def initialise(config: StyleConfig, seed: int) -> Params:
   """Parameters of Style Net and FuseNet as drawn, under "style" and "fuse"."""
-  k_style, k_fuse = jax.random.split(jax.random.key(seed))
+  k_style, k_fuse = jax.random.split(random_key(seed))
   mel, priors = jnp.zeros((1, 2, 80, 16)), jnp.zeros((1, 2 * EXPRESSION))
   return {
     "style": jax.jit(StyleNet(config).init)(k_style, mel)["params"],
@@ -69,15 +71,19 @@ def train(
 
   def recon(params, batch, mel, *, train: bool, rngs=None):
     _, valid, exp, target = batch
-    k = rngs or (None, None)
-    tone = style.apply(
-      {"params": params["style"]}, mel, valid, train=train, rngs={"dropout": k[0]} if train else {}
+    k: Any = rngs or (None, None)
+    tone: Any = style.apply(
+      {"params": params["style"]},
+      mel,
+      valid,
+      train=train,
+      rngs={"dropout": k[0]} if train else None,
     )
-    prior = fuse.apply(
+    prior: Any = fuse.apply(
       {"params": params["fuse"]},
       jnp.concatenate([tone, exp], axis=-1),
       train=train,
-      rngs={"dropout": k[1]} if train else {},
+      rngs={"dropout": k[1]} if train else None,
     )
     error = jnp.abs(prior - target).mean(-1)
     return jnp.where(valid, error, 0.0).sum() / jnp.maximum(valid.sum(), 1)

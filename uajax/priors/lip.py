@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from uajax.priors.fit import FitConfig, Fitted, Params, fit, in_batches
+from uajax.priors.fit import FitConfig, Fitted, Params, fit, in_batches, random_key
 from uajax.types import EXPRESSION
 
 POWER = 12.5 * np.log(10) / 10  # log power to a unit of normalised mel, which is 12.5 dB
@@ -192,7 +192,7 @@ def initialise(config: LipConfig, seed: int) -> Params:
   """Parameters as drawn, before any training."""
   init = jax.jit(LipExpert(config).init)
   mel = jnp.zeros((1, 80, 16))
-  return init(jax.random.key(seed), mel, jnp.zeros(EXPRESSION), jnp.zeros(1))["params"]
+  return init(random_key(seed), mel, jnp.zeros(EXPRESSION), jnp.zeros(1))["params"]
 
 
 def express(

@@ -12,7 +12,7 @@ librosa is imported where it is called: reading this module's names costs nothin
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from uajax.errors import UserError
 from uajax.types import FPS, NEIGHBOURS, SAMPLE_RATE_HZ
@@ -30,9 +30,9 @@ CEPSTRA = 40
 class Views(NamedTuple):
   """Three views of speech for the emotion network: of a recording, or of m windows of it."""
 
-  spectrogram: Float[np.ndarray, "*m 200 t"]  # dB below the recording's peak, -80..0
-  mfcc: Float[np.ndarray, "*m t 40"]
-  waveform: Float[np.ndarray, "*m s"]  # pre-emphasised; windows have mean 0 and variance 1
+  spectrogram: Float[Array | np.ndarray, "*m 200 t"]  # dB below the recording's peak, -80..0
+  mfcc: Float[Array | np.ndarray, "*m t 40"]
+  waveform: Float[Array | np.ndarray, "*m s"]  # pre-emphasised; windows have mean 0 and variance 1
 
 
 def frame_count(samples: int) -> int:

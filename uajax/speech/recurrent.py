@@ -23,12 +23,13 @@ class BiLSTM(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "b t d"],
+    x: Float[Array | np.ndarray, "b t d"],
     valid: Bool[Array, "b t"] | None = None,
     *,
     train: bool = False,
   ) -> Float[Array, "b t 2u"]:
     """Where `valid` is False the state stands still, so padding changes nothing before or after."""
+    x = jnp.asarray(x)
     if valid is None:
       valid = jnp.ones(x.shape[:2], bool)
     for layer in range(self.layers):

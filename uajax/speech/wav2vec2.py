@@ -48,7 +48,7 @@ class Wav2Vec2(nn.Module):
 
   @nn.compact
   def __call__(
-    self, wav: Float[Array, "b s"], *, train: bool = False
+    self, wav: Float[Array | np.ndarray, "b s"], *, train: bool = False
   ) -> tuple[Float[Array, "b t d"], Float[Array, "b t c"]]:
     """The last hidden states, and the normalised features of the convolutions."""
     c = self.config

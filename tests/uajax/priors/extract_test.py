@@ -21,13 +21,11 @@ def quick(settings: extract.ExtractConfig) -> extract.ExtractConfig:
     fit = dataclasses.replace(config.fit, steps=steps, batch=16, block=steps // 2)
     return dataclasses.replace(config, fit=fit)
 
-  emotion = dataclasses.replace(settings.emotion, image=(64, 64), pool=(1, 1))
   return dataclasses.replace(
     settings,
-    lip=dataclasses.replace(briefly(settings.lip, 200), width=4, residuals=(0, 0, 0, 0)),
+    lip=dataclasses.replace(briefly(settings.lip, 300), width=4, residuals=(0, 0, 0, 0)),
     style=dataclasses.replace(briefly(settings.style, 10), hidden=8, chunk=32),
     distill=briefly(settings.distill, 40),
-    emotion=emotion,
   )
 
 
