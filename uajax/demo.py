@@ -26,7 +26,7 @@ from uajax.types import Clip, Controls, Speech
 
 SECONDS = 12
 SIZE_PX = 128
-CORPUS = 48  # utterances of the same voice, sound only, for the speech networks
+CORPUS, CORPUS_S = 60, 1.8  # utterances of the same voice, sound only, for the speech networks
 SHEET = 6  # frames on the contact sheet
 _log = logging.getLogger("uajax")
 
@@ -101,7 +101,7 @@ def summarize(out, report: dict) -> str:
 
 def _corpus(person: synthetic.Person, seed: int) -> Iterator[extract.CorpusItem]:
   """More speech of the same voice, with what the face does to it; no pictures."""
-  for wav, label, intensity, expression in synthetic.corpus(seed, CORPUS, person=person):
+  for wav, label, intensity, expression in synthetic.corpus(seed, CORPUS, CORPUS_S, person=person):
     yield wav, expression, synthetic.EMOTIONS[label], intensity
 
 
