@@ -13,7 +13,7 @@ ARGS ?=
 setup:  ## creates .venv and installs everything; DEVICE adds the accelerator's JAX plugin
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt $(if $(filter-out cpu,$(DEVICE)),"jax[$(DEVICE)]")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt $(if $(filter-out cpu,$(DEVICE)),"jax[$(DEVICE)]")
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	$(BIN)/uajax doctor
 
