@@ -246,6 +246,24 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fetch:
+  """Download pretrained files by name, each checked against its SHA-256."""
+
+  names: Positional[tuple[str, ...]]  # as `uajax doctor` calls them
+
+  def run(self) -> int:
+    from uajax.preprocess import weights
+
+    known = [entry.name for entry in weights.KNOWN]
+    for name in self.names:
+      if name not in known:
+        raise WrongUse(f"no pretrained file {name}: known are {', '.join(known)}")
+    for name in self.names:
+      print(weights.fetch(name))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
   """Say what this machine can do and what is missing, each with its remedy."""
 
@@ -268,6 +286,7 @@ COMMANDS: dict[str, type] = {
   "import-official": ImportOfficial,
   "synthetic": Synthetic,
   "demo": Demo,
+  "fetch": Fetch,
   "doctor": Doctor,
 }
 

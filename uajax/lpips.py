@@ -125,7 +125,7 @@ def load(net: Net = "alex", path: str | os.PathLike | None = None) -> Params:
   if file is None or not file.is_file():
     raise UserError(
       f"{name if path is None else file} (LPIPS weights) is not at hand: fetch it with "
-      f"`python -c \"from uajax.preprocess import weights; weights.fetch('{name}')\"`"
+      f"`uajax fetch {name}`"
     )
   layers = NETS[net]
   try:

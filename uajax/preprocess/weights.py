@@ -136,7 +136,7 @@ def inventory() -> Iterator[tuple[Literal["ok", "warn"], str, str, str]]:
     elif other := pretrained.find(known.name):
       yield "warn", known.name, f"{other} is another version (SHA-256 differs)", _by_hand(known)
     else:
-      yield "warn", known.name, f"not at hand ({known.what})", "fetched when first wanted"
+      yield "warn", known.name, f"not at hand ({known.what})", f"`uajax fetch {known.name}`"
 
 
 def _download(known: Known, path: pathlib.Path, sha256: str | None) -> None:
