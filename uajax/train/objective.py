@@ -102,13 +102,15 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
       + losses.mean_magnitude(motion.d_quat, face.alive)
       + losses.mean_magnitude(motion.d_scale, face.alive))
     loss += w.alpha * losses.alpha_penalty(alpha, head)
+    lips = _inside(frame.lips, head.shape)
+    loss += w.lips * losses.mean_inside(jnp.abs(picture - target).mean(-1), lips)
     audio, eye = out.features[..., 0], out.features[..., 1]
-    loss += w.eye_attention_on_lips * losses.mean_inside(eye, _inside(frame.lips, head.shape))
+    loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
     loss += jnp.where(bald, 0.0, w.attention_on_hair) * (
       losses.mean_inside(eye, hair) + losses.mean_inside(audio, hair))
   if perceptual is not None:
-    lips = [_crop(x, frame.lips) for x in (picture, target)]
-    loss += w.lpips_lips * lpips(perceptual, *lips)
+    crops = [_crop(x, frame.lips) for x in (picture, target)]
+    loss += w.lpips_lips * lpips(perceptual, *crops)
     here = _inside(frame.lips, head.shape)[..., None]
     a, b = (losses.patches(jnp.where(here, blank, x), PATCH_PX["face"]) for x in (picture, target))
     loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
