@@ -21,7 +21,8 @@ EMOTIONS = ("neutral", "happy", "sad", "angry", "surprised")
 AU_NAMES: tuple[str, ...] = (
   "AU01", "AU02", "AU04", "AU05", "AU06", "AU07", "AU12", "AU15", "AU23", "AU25", "AU26", "AU45",
 )  # fmt: skip
-EXPRESSION_NAMES = MOUTH_CONTROLS + tuple(name for name in AU_NAMES if name != "AU45")
+SPOKEN_AUS = ("AU25", "AU26")  # that follow the mouth; the others show what is felt
+EXPRESSION_NAMES = MOUTH_CONTROLS + SPOKEN_AUS
 HELD_OUT_EMOTION = ("happy", 0.6)
 
 # What each emotion does at intensity 1, in OpenFace's 0..5.
@@ -211,10 +212,14 @@ def perform(person: Person, script: Sequence[Line], seed: int = 0) -> Performanc
 
 
 def expression(performance: Performance) -> Float[np.ndarray, "f 64"]:
-  """The true expression as a tracker would give it: EXPRESSION_NAMES first, roughly unit
-  variance, then zeros. Blinks are left out: no speech tells them."""
+  """What a tracker would say of the speaking face: EXPRESSION_NAMES first, roughly unit variance,
+  then zeros.
+
+  What is felt is left out. It lasts for seconds, a Lip Expert hears 200 ms, and guesses that
+  flicker would reach the face as content; feeling has its own way, the distilled emotion.
+  """
   mouth = (performance.mouth - 0.2) / 0.25
-  kept = [k for k, name in enumerate(AU_NAMES) if name != "AU45"]
+  kept = [AU_NAMES.index(name) for name in SPOKEN_AUS]
   units = (performance.au[:, kept] - 0.8) / 1.3
   code = np.concatenate([mouth, units], axis=1)
   return np.pad(code, ((0, 0), (0, EXPRESSION - code.shape[1]))).astype(np.float32)
