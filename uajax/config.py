@@ -84,7 +84,7 @@ class Weights:
   """Weights of the loss terms (method.md D.3, D.4)."""
 
   ssim: float = 0.2
-  lips: float = 0.1  # the mean error in the lip square once more: small, and it talks (official 0)
+  lips: float = 0.2  # the mean error in the lip square once more: small, and it talks (official 0)
   motion: float = 1e-5
   alpha: float = 1e-3
   eye_attention_on_lips: float = 1e-4
@@ -181,7 +181,7 @@ def quick() -> Experiment:
   return Experiment(
     model=Model(motion=motion),
     mouth=_with_rates(_with_slots(shorten(MOUTH, 3_000, splats=2_000), 4_096, 2), **rates),
-    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000, guide_every=5), 16_384, 2),
+    face=_with_rates(_with_slots(shorten(FACE, 8_000, splats=4_000, guide_every=3), 16_384, 2),
                      **rates),
     fuse=shorten(FUSE, 1_000),
     picture_every=2_000, save_every=4_000)
@@ -197,7 +197,7 @@ def demo() -> Experiment:
   return Experiment(
     model=Model(motion=motion),
     mouth=_with_rates(_with_slots(shorten(MOUTH, 800, splats=600), 1_024, 0, every=50), **rates),
-    face=_with_rates(_with_slots(shorten(FACE, 3_000, splats=1_500, guide_every=5), 3_072, 0,
+    face=_with_rates(_with_slots(shorten(FACE, 3_000, splats=1_500, guide_every=3), 3_072, 0,
                                  every=50), **rates),
     fuse=shorten(FUSE, 200),
     log_every=50, picture_every=800, save_every=800)

@@ -32,22 +32,28 @@ def choose(stage: Stage, guide: Guide, mouth_share, step, key):
     return usual
   draw = jax.random.fold_in(jax.random.fold_in(key, 1), step)
   if stage.name == "face":
-    misfit, guided = _face_misfit(stage, guide, step)
+    misfit, guided = _face_misfit(stage, guide, step, draw)
   else:
     misfit, guided = _mouth_misfit(stage, guide, mouth_share, step)
   chance = jnp.where(misfit <= 0, jax.random.uniform(draw, (count,)), -1 - misfit)
   return jnp.where(guided, jnp.argmax(chance).astype(usual.dtype), usual)
 
 
-def _face_misfit(stage, guide, step):
-  """Lips that open wider and wider while static; then eyes that close further and further."""
+def _face_misfit(stage, guide, step, draw):
+  """Lips that open wider and wider while static; then eyes that close further and further.
+
+  From then on every other guided draw is for the lips again, at any height alike: wide mouths
+  are rare, and no motion is learnt from what is hardly seen. (Official: eyes only.)
+  """
   done = step / stage.guide_until
   height = guide.lip_height_px
   low = height.min() + 0.2 * (height.max() - height.min())
   width = 0.2 * (height.max() - low)
-  lips = jnp.abs(height - (low + done * (height.max() - low))) - width
+  static = step < stage.warm_steps
+  at = jnp.where(static, done, jax.random.uniform(jax.random.fold_in(draw, 1)))
+  lips = jnp.abs(height - (low + at * (height.max() - low))) - width
   eyes = jnp.abs(guide.blink - (done + 0.075)) - 0.225
-  misfit = jnp.where(step < stage.warm_steps, lips, eyes)
+  misfit = jnp.where(static | (step // stage.guide_every % 2 == 1), lips, eyes)
   return misfit, (step < stage.guide_until) & (step % stage.guide_every == 0)
 
 

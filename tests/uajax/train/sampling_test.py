@@ -34,15 +34,23 @@ def test_face_guidance_opens_the_lips_and_then_shuts_the_eyes():
   every = stage.guide_every
   early = drawn(stage, range(0, 10 * every, every))
   assert (early < 0.5 * FRAMES).all(), "lips begin little open"
-  blink_early = drawn(stage, range(every * 21, every * 40, every))
-  blink_late = drawn(stage, range(every * 240, every * 260, every))
+  blink_early = drawn(stage, range(every * 22, every * 40, 2 * every))
+  blink_late = drawn(stage, range(every * 240, every * 260, 2 * every))
   assert blink_early.mean() + 5 < blink_late.mean()
+
+
+def test_wide_mouths_are_drawn_as_often_as_others_though_they_are_rare():
+  stage = config.shorten(config.FACE, 5_000)
+  seldom = GUIDE._replace(lip_height_px=jnp.ones(FRAMES).at[-3:].set(10.0))
+  every = stage.guide_every
+  lips = drawn(stage, range(every * 21, every * 101, 2 * every), seldom)
+  assert (lips >= FRAMES - 3).mean() > 0.5
 
 
 def test_guidance_without_any_fitting_frame_takes_the_nearest():
   stage = config.shorten(config.FACE, 5_000)
   nobody_blinks = GUIDE._replace(blink=jnp.linspace(0, 0.1, FRAMES))
-  late = drawn(stage, [stage.guide_every * 260], nobody_blinks)
+  late = drawn(stage, [stage.guide_every * 260], nobody_blinks)  # an even draw: for the eyes
   assert late[0] == FRAMES - 1
 
 
