@@ -54,7 +54,7 @@ class Run:
 
   def save(self, avatar: Avatar, training: typing.Any, progress: Progress) -> None:
     """Writes a checkpoint; the ones before it stay (as many as `experiment.keep`) if that fails."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its tracebacks are told in one line
     args = ocp.args.Composite(
       avatar=ocp.args.PyTreeSave(flax.serialization.to_state_dict(_arrays(avatar))),
       training=ocp.args.PyTreeSave(flax.serialization.to_state_dict(training)),
@@ -63,6 +63,8 @@ class Run:
       with self._manager() as manager:
         manager.save(progress.total, args=args, force=True)
     except Exception as error:
+      for torn in self.checkpoints.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(torn, ignore_errors=True)
       free = shutil.disk_usage(self.path).free
       raise UserError(
         f"checkpoint {progress.total} could not be saved to {self.checkpoints} "
@@ -297,4 +299,5 @@ def copy_extractors(subject: pathlib.Path, run: Run) -> None:
   source = pathlib.Path(subject) / "extractors"
   if source.is_dir() and not run.extractors.exists():
     with saving.aside(run.extractors, folder=True) as partial:
-      shutil.copytree(source, partial, dirs_exist_ok=True)
+      for file in source.iterdir():  # copytree would wrap a full disk into a list of lists
+        shutil.copyfile(file, partial / file.name)
