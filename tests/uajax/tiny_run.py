@@ -87,7 +87,9 @@ def extractors() -> extract.Extractors:
     params=jax.tree.map(draw, shapes),
     scales={name: scale(size) for name, size in sizes.items()},
     ref=np.zeros(64, np.float32),
-    spectrum=np.tile(np.array([[-80.0], [0.0]], np.float32), (1, 200)),
+    spread=network.Ranges(
+      np.full(200, -80, np.float32), np.zeros(200, np.float32), np.zeros(40, np.float32),
+      np.ones(40, np.float32)),
     level_db=-20.0,
     labels=labels,
     prototypes={
