@@ -8,6 +8,7 @@ in pixels: how alike the pictures are, and whether the mouth opens when it shoul
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import pathlib
@@ -189,14 +190,9 @@ class _Watch:
   def __init__(self):
     self.took: dict[str, float] = {}
 
+  @contextlib.contextmanager
   def step(self, name: str):
-    import contextlib
-
-    @contextlib.contextmanager
-    def timed():
-      began = time.monotonic()
-      yield
-      self.took[name] = round(time.monotonic() - began, 1)
-      _log.info("%s: %.1f s", name, self.took[name])
-
-    return timed()
+    began = time.monotonic()
+    yield
+    self.took[name] = round(time.monotonic() - began, 1)
+    _log.info("%s: %.1f s", name, self.took[name])

@@ -85,7 +85,7 @@ class Run:
       steps = sorted(manager.all_steps(), reverse=True)
       for step in steps:
         try:
-          return self._restore(manager, step, training)
+          return self._restore(step, training)
         except UserError:
           raise
         except Exception as error:
@@ -120,8 +120,8 @@ class Run:
       enable_async_checkpointing=False, create=not read_only)
     return ocp.CheckpointManager(self.checkpoints.resolve(), options=options)
 
-  def _restore(self, manager, step: int, training):
-    avatar_tree = self._read(manager, step, "avatar")
+  def _restore(self, step: int, training):
+    avatar_tree = self._read(step, "avatar")
     state = self._item(step, "progress", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
     sh_degree = state.pop("sh_degree")
     avatar = _avatar(avatar_tree, self.experiment, sh_degree)
@@ -129,13 +129,12 @@ class Run:
     if training is None:
       return avatar, None, progress
     template = training(avatar, progress)
-    tree = self._read(manager, step, "training")
+    tree = self._read(step, "training")
     restored = jax.tree.map(jax.numpy.asarray, flax.serialization.from_state_dict(template, tree))
     return avatar, restored, progress
 
-  def _read(self, manager, step: int, item: str):
+  def _read(self, step: int, item: str):
     """A saved tree as NumPy arrays, whatever devices wrote it."""
-    del manager
     path = self.checkpoints.resolve() / str(step) / item
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       metadata = reader.metadata(path).item_metadata.tree
