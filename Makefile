@@ -31,7 +31,7 @@ test-all:
 
 lint:
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format:
 	$(BIN)/ruff check --fix .

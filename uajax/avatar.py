@@ -21,8 +21,7 @@ __all__ = ["Avatar", "Controls", "Deformation", "Layer", "Splats", "deform", "fa
            "init_motion", "mouth_motion", "render"]
 
 
-@flax.struct.dataclass
-class Layer:
+class Layer(flax.struct.PyTreeNode):
   """Splats, which of their slots are in use, and the parameters that move them."""
 
   splats: Splats
@@ -30,8 +29,7 @@ class Layer:
   motion: dict  # parameters of FaceMotion or MouthMotion
 
 
-@flax.struct.dataclass
-class Avatar:
+class Avatar(flax.struct.PyTreeNode):
   face: Layer
   mouth: Layer
   config: config_.Motion = flax.struct.field(pytree_node=False)

@@ -7,6 +7,8 @@ official behaviour a field can bring back.
 import dataclasses
 from typing import Literal
 
+Audio = Literal["mel", "deepspeech", "hubert"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Planes:
@@ -39,7 +41,7 @@ class Motion:
 @dataclasses.dataclass(frozen=True)
 class Model:
   motion: Motion = Motion()
-  audio: Literal["mel", "deepspeech", "hubert"] = "mel"  # which aud_*.npy of the subject
+  audio: Audio = "mel"  # which aud_*.npy of the subject
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -137,7 +138,7 @@ def _feel(clip: Clip, emotion: np.ndarray) -> Clip:
 
 def _judge(avatar: Avatar, clip: Clip) -> dict[str, np.ndarray]:
   """Renders of a clip's frames beside the truth, uint8 [f h w 3] each."""
-  frame = clip.frames
+  frame = cast(Any, clip.frames)  # NumPy leaves, as everything on the host
 
   def scenes():
     for i in range(len(clip.ids)):
@@ -160,7 +161,7 @@ def _figures(seen: dict[str, np.ndarray]) -> dict:
 def _mouth_correlation(seen: dict[str, np.ndarray], clip: Clip) -> float:
   """Of the mouth's opening in the renders with that in the true pictures, both from pixels."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    opening = {
+    opening: dict[str, Any] = {  # NumPy, which metrics take like jax.Array
       name: np.array(list(pool.map(synthetic.mouth_opening, images, clip.frames.lips)))
       for name, images in seen.items()}
   return float(metrics.correlation(opening["render"], opening["truth"]))

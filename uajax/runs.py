@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from uajax import saving
 from uajax.avatar import Avatar, Layer
-from uajax.config import Experiment, Model
+from uajax.config import Audio, Experiment, Model
 from uajax.errors import UserError
 from uajax.types import Splats
 
@@ -185,7 +185,8 @@ def adopt(path, avatar: Avatar, origin, subject=None) -> Run:
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} already holds something: choose another folder for the run")
-  audio = {29: "deepspeech", 1024: "hubert"}.get(avatar.config.audio_channels, "mel")
+  widths: dict[int, Audio] = {29: "deepspeech", 1024: "hubert"}
+  audio = widths.get(avatar.config.audio_channels, "mel")
   experiment = Experiment(model=Model(motion=avatar.config, audio=audio))
   run = create(path, subject or path / "no_subject", experiment)
   _log.info("adopted %s", origin)
@@ -232,9 +233,9 @@ def encode(value):
   return value
 
 
-def decode(kind, value, where: str):
+def decode(kind, value, where: str) -> typing.Any:
   """The config dataclass `kind` from `encode`d values; UserError where they do not fit."""
-  if dataclasses.is_dataclass(kind):
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     hints = typing.get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() != hints.keys():
       odd = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else value

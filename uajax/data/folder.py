@@ -25,17 +25,17 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from uajax import types
+from uajax.config import Audio
 from uajax.errors import UserError
 from uajax.saving import aside
 
 Split = Literal["train", "val"]
-Audio = Literal["mel", "deepspeech", "hubert"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 WINDOWS = {"mel": "aud_mel.npy", "deepspeech": "aud_ds.npy", "hubert": "aud_hu.npy"}
@@ -106,11 +106,12 @@ class Source(Sequence):
     points = [_landmarks(self.path / "ori_imgs" / f"{i}.lms") for i in self.ids]
     heights = [np.ptp(p[60:68, 1]) for p in points]
     au25 = np.clip(rows["AU25"], 0, np.percentile(rows["AU25"], 95))
-    self.guide = types.Guide(
+    guide: dict[str, Any] = dict(  # NumPy leaves, as everything on the host
       lip_height_px=np.asarray(heights, np.float32),
       blink=(rows["AU45"][self.ids] / 2).astype(np.float32),
       au25=au25[self.ids].astype(np.float32),
     )
+    self.guide = types.Guide(**guide)
     self._lips = [_lips(p, self.height, self.width) for p in points]
     self._cameras = [_camera(c2w, focal_px, self.width, self.height) for c2w in poses]
     self._units = np.stack([rows[u][self.ids] for u in types.ACTION_UNITS], -1).astype(np.float32)
@@ -121,7 +122,8 @@ class Source(Sequence):
     return len(self.ids)
 
   def __getitem__(self, index: int) -> types.Frame:
-    return types.Frame(*self.pictures(index), *self.numbers(index))
+    parts: list[Any] = [*self.pictures(index), *self.numbers(index)]
+    return types.Frame(*parts)
 
   def pictures(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image uint8 [h w 3], background uint8 [h w 3], classes uint8 [h w]."""
@@ -192,7 +194,7 @@ def stack(
 
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     collections.deque(pool.map(fill, range(len(frames))), maxlen=0)
-  return types.Clip(jax.tree.unflatten(tree, out), guide, np.asarray(ids))
+  return types.Clip(jax.tree.unflatten(tree, out), guide, cast(Any, np.asarray(ids)))
 
 
 def check(path: str | os.PathLike, *, audio: Audio = "mel", priors: bool = True) -> None:
@@ -599,7 +601,8 @@ def _camera(c2w, focal_px: float, width: int, height: int) -> types.Camera:
   c2w = c2w.copy()
   c2w[:3, 1:3] *= -1
   k = [[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]]
-  return types.Camera(np.linalg.inv(c2w).astype(np.float32), np.asarray(k, np.float32))
+  matrices: tuple[Any, Any] = np.linalg.inv(c2w).astype(np.float32), np.asarray(k, np.float32)
+  return types.Camera(*matrices)
 
 
 def _action_units(path, last: int) -> dict[str, np.ndarray]:

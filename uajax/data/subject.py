@@ -134,7 +134,8 @@ class Source(Sequence):
     assert metadata is not None
     columns = metadata["columns"][split]
     self.ids = np.asarray(columns["id"], np.int32)
-    self.guide = types.Guide(*(np.asarray(columns[n], np.float32) for n in types.Guide._fields))
+    guide: list[Any] = [np.asarray(columns[n], np.float32) for n in types.Guide._fields]
+    self.guide = types.Guide(*guide)
     self._plate = _decode(base64.b64decode(metadata["plate"]), "RGB")
     self.height, self.width = self._plate.shape[:2]
 
@@ -145,14 +146,15 @@ class Source(Sequence):
     record = self._records[index]
     torso = record["torso"]
     background = folder.over(_decode(torso, "RGBA"), self._plate) if torso else self._plate
-    return types.Frame(
+    parts: list[Any] = [  # NumPy leaves, as everything on the host
       _decode(record["image"], "RGB"),
       background,
       _decode(record["classes"], "L"),
       types.Camera(record["viewmat"], record["K"]),
       types.Controls(*(record[name] for name in types.Controls._fields)),
       record["lips"],
-    )
+    ]
+    return types.Frame(*parts)
 
 
 def read(

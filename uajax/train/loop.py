@@ -34,7 +34,8 @@ GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
 _log = logging.getLogger("uajax")
 
 
-def train(subject, workdir, experiment: Experiment, *, perceptual=None, source="auto") -> runs.Run:
+def train(subject, workdir, experiment: Experiment, *, perceptual=None,
+          source: loader.Store = "auto") -> runs.Run:
   """Trains the three stages into `workdir`, or goes on where that folder stands.
 
   Args:

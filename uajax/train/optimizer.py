@@ -3,6 +3,8 @@
 What a stage trains is said by `trainable`; everything else is frozen and has no moments.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -75,9 +77,9 @@ def update(stage: Stage, scene_m: float, params, grads, state, step, members):
   motion_steps = jax.tree_util.tree_map_with_path(motion_step, motion_steps, params["motion"])
   if members is not None:
     motion_steps = _rest(motion_steps, jax.tree.map(jnp.zeros_like, motion_steps), members)
-    old = state["motion"]
-    motion_state = motion_state._replace(
-      mu=_rest(motion_state.mu, old.mu, members), nu=_rest(motion_state.nu, old.nu, members))
+    new, old = cast(optax.ScaleByAdamState, motion_state), state["motion"]  # as `init` made it
+    motion_state = new._replace(
+      mu=_rest(new.mu, old.mu, members), nu=_rest(new.nu, old.nu, members))
   steps = {"splats": splat_steps, "motion": motion_steps}
   return optax.apply_updates(params, steps), {"splats": splat_state, "motion": motion_state}
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]  # no stubs there
 
 from uajax.config import Stage
 from uajax.types import FACE, HAIR, MOUTH, Alive, Clip, Splats

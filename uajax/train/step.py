@@ -19,8 +19,7 @@ from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
 from uajax.types import MOUTH, Clip, Frame, Guide
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
   """All that training carries from step to step."""
 
   avatar: Avatar
@@ -30,8 +29,7 @@ class State:
   skipped: Int[Array, ""]  # steps whose gradient was not finite, in a row
 
 
-@flax.struct.dataclass
-class Material:
+class Material(flax.struct.PyTreeNode):
   """A clip on the device."""
 
   frames: Frame  # leading axis f
