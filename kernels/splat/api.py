@@ -197,10 +197,9 @@ def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
 
 def _assemble(shown, tiles, cameras):
   """Images [c m h w] from tiles [t m s]."""
-  side = tiles.side
-  split = shown.reshape(cameras, tiles.rows, tiles.columns, -1, side, side)
+  split = shown.reshape(cameras, tiles.rows, tiles.columns, -1, tiles.height, tiles.width)
   return split.transpose(0, 3, 1, 4, 2, 5).reshape(
-      cameras, -1, tiles.rows * side, tiles.columns * side)
+      cameras, -1, tiles.rows * tiles.height, tiles.columns * tiles.width)
 
 
 def _attached(width, detached):
@@ -228,7 +227,7 @@ def _choose(platform):
 def _trial(platform):
   """Compiles the Pallas kernels, small; returns what went wrong or None."""
   config, attached = tuning.pick(platform, "pallas"), (True, True, False)
-  tiles = binning.Grid(config.tile, 2, 2)
+  tiles = binning.Grid(*config.tile, 2, 2)
 
   def draw(shapes, values, pairs):
     shown, vjp = jax.vjp(lambda s, v: pallas.composite(s, v, pairs, attached, tiles, config),

@@ -1,8 +1,8 @@
 """Which splats each tile blends, and in which order: packed lists of pairs.
 
-A pair is one splat on one tile. Splats are sorted by depth once; every pair then gets the key
-tile * n + (place of its splat in that order), and one sort of single integers puts the pairs of
-each tile next to each other, front to back. Tiles of all cameras are numbered through.
+A pair is one splat on one tile. Splats are sorted by depth once and expanded in that order, a
+slot a pair; one stable sort of the slots by tile then puts the pairs of each tile next to each
+other, front to back. Tiles of all cameras are numbered through.
 
 Axes: c cameras, n splats of each, r = c * n splats of all cameras, t tiles of all cameras,
 p pairs (the capacity).
@@ -17,37 +17,38 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from kernels.splat.project import ALPHA_MIN, Projected
 
-EMPTY = 2**32 - 1  # key of a slot without a pair: sorts last
+FAN = 16  # rows that `sum_by_runs` adds up at once
 
 
 class Grid(NamedTuple):
   """The tiles of one camera's image."""
 
-  side: int  # px
+  width: int  # of a tile, px
+  height: int
   columns: int
   rows: int
 
 
 class Bins(NamedTuple):
-  """Pairs sorted by tile, then by depth. Slots from starts[-1] on are empty."""
+  """Pairs sorted by tile, then by depth. Places from starts[-1] on are empty."""
 
-  splats: Int[Array, " p"]  # 0..r-1, and r in empty slots
-  starts: Int[Array, " t+1"]  # tile i owns the pairs starts[i]:starts[i + 1]
+  splats: Int[Array, " p"]  # 0..r-1, and r in empty places
+  tiles: Int[Array, " p"]  # 0..t-1, and t in empty places
+  starts: Int[Array, " t+1"]  # tile i owns the places starts[i]:starts[i + 1]
   overflow: Int[Array, ""]  # pairs that found no slot
   # The same pairs once more, ordered by splat, for sums over a splat's pairs.
-  by_splat: Int[Array, " p"]  # where the pair lies in `splats`; p if it was culled
-  first: Int[Array, " p"]  # where the run of this pair's splat begins
-  runs: Int[Array, "r 2"]  # begin and end of each splat's run
+  slots: Int[Array, " p"]  # the slot that the pair in this place came from
+  runs: Int[Array, "r 2"]  # begin and end of each splat's slots
 
 
-def grid(width: int, height: int, side: int) -> Grid:
-  """Tiles that cover the image; the last column and row may stick out."""
-  return Grid(side, -(-width // side), -(-height // side))
+def grid(width: int, height: int, tile: tuple[int, int]) -> Grid:
+  """Tiles (width, height) that cover the image; the last column and row may stick out."""
+  return Grid(*tile, -(-width // tile[0]), -(-height // tile[1]))
 
 
-def demand(rect: Int[Array, "... 4"], side: int) -> UInt32[Array, "..."]:
+def demand(rect: Int[Array, "... 4"], tile: tuple[int, int]) -> UInt32[Array, "..."]:
   """How many tiles each pixel rectangle touches."""
-  x0, x1, y0, y1 = jnp.moveaxis(_tiles(rect, side), -1, 0)
+  x0, x1, y0, y1 = jnp.moveaxis(_tiles(rect, tile), -1, 0)
   return ((x1 - x0) * (y1 - y0)).astype(jnp.uint32)
 
 
@@ -59,79 +60,101 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
     tiles: of each camera.
     capacity: slots; pairs of the farthest splats of the last cameras are left out and counted
       where they do not suffice.
-
-  Raises:
-    ValueError: if tiles times splats pass 2**32.
   """
   cameras, n = seen.depth.shape
   per_camera = tiles.columns * tiles.rows
-  if cameras * per_camera * n >= EMPTY:
-    raise ValueError(f"{cameras} cameras x {per_camera} tiles x {n} splats pass 2**32: "
-                     "rasterize fewer cameras at a time")
+  t, size = cameras * per_camera, (tiles.width, tiles.height)
   seen = jax.tree.map(lax.stop_gradient, seen)
   # Invisible splats touch no tile; where they stand in the order is all the same.
   _, order = lax.sort((seen.depth, lax.broadcasted_iota(jnp.int32, (cameras, n), 1)),
                       dimension=1, num_keys=1)
   order = (order + n * jnp.arange(cameras, dtype=jnp.int32)[:, None]).reshape(-1)
-  rect = _tiles(seen.rect, tiles.side).reshape(-1, 4)[order]
-  counts = demand(seen.rect, tiles.side).reshape(-1)[order]
+  rect = _tiles(seen.rect, size).reshape(-1, 4)[order]
+  counts = demand(seen.rect, size).reshape(-1)[order]
   ends = jnp.cumsum(counts, dtype=jnp.uint32)
   total = ends[-1]
   ends = jnp.minimum(ends, capacity).astype(jnp.int32)
   begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
 
   slot = jnp.arange(capacity, dtype=jnp.int32)
-  place = jnp.repeat(jnp.arange(cameras * n, dtype=jnp.int32), ends - begins,
-                     total_repeat_length=capacity)
+  place = _owner(ends, capacity)
+  splat = order[place]
   x0, x1, y0, _ = rect[place].T
   within, wide = slot - begins[place], jnp.maximum(x1 - x0, 1)
   x, y = x0 + within % wide, y0 + within // wide
   tile = (place // n * tiles.rows + y) * tiles.columns + x
-  key = tile.astype(jnp.uint32) * n + (place % n).astype(jnp.uint32)
-  touched = (slot < ends[-1]) & _touch(seen, order[place], x, y, tiles.side)
-  key = lax.sort(jnp.where(touched, key, jnp.uint32(EMPTY)))
-
-  first = begins[place]
-  tile, rank = (key // n).astype(jnp.int32), (key % n).astype(jnp.int32)
-  limits = jnp.arange(cameras * per_camera + 1, dtype=jnp.uint32) * n
-  starts = jnp.searchsorted(key, limits).astype(jnp.int32)
-  used = slot < starts[-1]
-  camera = jnp.where(used, tile // per_camera, 0)
-  place = jnp.where(used, camera * n + rank, 0)
-  # A key names its pair, so the slot that the pair came from can be computed.
-  x0, x1, y0, _ = rect[place].T
-  y, x = tile // tiles.columns % tiles.rows, tile % tiles.columns
-  origin = jnp.where(used, begins[place] + (y - y0) * (x1 - x0) + x - x0, capacity + slot)
-  by_splat = jnp.full(capacity, capacity, jnp.int32).at[origin].set(
-      slot, mode="drop", unique_indices=True)
+  touched = (slot < ends[-1]) & _touch(seen, splat, x, y, tiles)
+  tile, slots = _sort(jnp.where(touched, tile, t), t)  # empty slots come last
+  starts = _search(tile, jnp.arange(t + 1, dtype=jnp.int32), "left")
   runs = jnp.zeros((cameras * n, 2), jnp.int32).at[order].set(
       jnp.stack([begins, ends], 1), unique_indices=True)
-  return Bins(jnp.where(used, order[place], cameras * n), starts,
-              (total - ends[-1].astype(jnp.uint32)).astype(jnp.int32),
-              by_splat, first, runs)
+  return Bins(jnp.where(slot < starts[-1], splat[slots], cameras * n), tile,
+              starts, (total - ends[-1].astype(jnp.uint32)).astype(jnp.int32), slots, runs)
 
 
-def sum_by_splat(rows: Float[Array, "p k"], bins: Bins) -> Float[Array, "r k"]:
+def sum_by_splat(rows: Float[Array, "q k"], index: Int[Array, " p"], bins: Bins,
+                 tiles: Grid) -> Float[Array, "r k"]:
   """Adds up the rows of each splat's pairs, in the same order every time.
 
   A CPU adds one row after the other; elsewhere that would take atomics, whose order is chance,
-  so there the rows are put in order of their splats and added up by doubling strides.
+  so there every splat fetches its rows.
+
+  Args:
+    rows: a row a pair, in any order.
+    index: the row of the pair in each place; without meaning for empty places.
+    bins: the pairs.
+    tiles: of one camera.
   """
-  return lax.platform_dependent(rows, bins, cpu=sum_by_scatter, default=sum_by_runs)
+  def scatter(rows, index, bins):
+    return sum_by_scatter(rows, index, bins)
+
+  def fetch(rows, index, bins):
+    return sum_by_runs(rows, index, bins, tiles.columns * tiles.rows)
+
+  return lax.platform_dependent(rows, index, bins, cpu=scatter, default=fetch)
 
 
-def sum_by_scatter(rows, bins):
+def sum_by_scatter(rows, index, bins):
   """`sum_by_splat`, one row after the other."""
+  place = jnp.arange(len(index), dtype=jnp.int32)
+  index = jnp.where(place < bins.starts[-1], index, len(rows))
+  rows = rows.at[index].get(mode="fill", fill_value=0)
   return jax.ops.segment_sum(rows, bins.splats, len(bins.runs))
 
 
-def sum_by_runs(rows, bins):
-  """`sum_by_splat`, all splats at once."""
-  rows = rows.at[bins.by_splat].get(mode="fill", fill_value=0)
-  begins, ends = bins.runs.T
-  rows = scan_runs(jnp.add, rows, bins.first, jnp.max(ends - begins, initial=0))
-  last = rows.at[ends - 1].get(mode="clip")
-  return jnp.where((ends > begins)[:, None], last, 0)
+def sum_by_runs(rows, index, bins, longest):
+  """`sum_by_splat`, all splats at once; none has more than `longest` pairs."""
+  # Slots that hold no pair, because the ellipse misses the tile, have no row either.
+  place = jnp.arange(len(index), dtype=jnp.int32)
+  index = jnp.where(place < bins.starts[-1], index, len(rows))
+  index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
+  return _sum_runs(rows, index, *bins.runs.T, longest)
+
+
+def _sum_runs(rows, index, begins, ends, longest):
+  """Sums of rows[index[begins:ends]] for each run; rows beyond the last are zero.
+
+  The first few rows of each run are added at once. The rest of the long runs is cut into
+  pieces as short, their sums make runs in turn, and there are ever fewer of them.
+  """
+  def add(begins, ends):
+    at = begins[:, None] + jnp.arange(FAN, dtype=jnp.int32)[None, :]
+    here = index.at[at].get(mode="clip")
+    here = jnp.where(at < ends[:, None], here, len(rows))
+    return jnp.sum(rows.at[here].get(mode="fill", fill_value=0), 1)
+
+  total = add(begins, ends)
+  if longest <= FAN:
+    return total
+  pieces = jnp.maximum(-(-(ends - begins) // FAN) - 1, 0)
+  last = jnp.cumsum(pieces, dtype=jnp.int32)
+  first = last - pieces
+  size = max(len(index) // FAN, 1)
+  piece = jnp.arange(size, dtype=jnp.int32)
+  run = _owner(last, size)
+  begin = begins[run] + FAN * (piece - first[run] + 1)
+  sums = add(begin, jnp.where(piece < last[-1], ends[run], begin))
+  return total + _sum_runs(sums, piece, first, last, longest // FAN)
 
 
 def scan_runs(combine, x: Array, first: Int[Array, " m"], longest: Int[Array, ""]) -> Array:
@@ -153,7 +176,44 @@ def scan_runs(combine, x: Array, first: Int[Array, " m"], longest: Int[Array, ""
   return lax.while_loop(lambda carry: carry[0] < longest, double, (jnp.int32(1), x))[1]
 
 
-def _touch(seen, splat, column, row, side):
+def _sort(tile: Int[Array, " p"], t: int):
+  """Tiles 0..t of all slots in order, and the slots; equal tiles keep theirs."""
+  size = len(tile)
+  slot = jnp.arange(size, dtype=jnp.int32)
+
+  def pairs(tile):
+    short = jnp.uint16 if t < 2**16 else jnp.uint32  # a GPU sorts few bits faster
+    tile, slots = lax.sort((tile.astype(short), slot), num_keys=1, is_stable=True)
+    return tile.astype(jnp.int32), slots
+
+  def numbers(tile):
+    key = lax.sort(tile.astype(jnp.uint32) * size + slot.astype(jnp.uint32))
+    return (key // size).astype(jnp.int32), (key % size).astype(jnp.int32)
+
+  if (t + 1) * size > 2**32:
+    return pairs(tile)
+  return lax.platform_dependent(tile, cpu=numbers, default=pairs)
+
+
+def _owner(ends: Int[Array, " m"], size: int) -> Int[Array, " size"]:
+  """Which run each index lies in, of runs that follow one another; any beyond them."""
+  def repeat(ends):
+    return jnp.repeat(jnp.arange(len(ends), dtype=jnp.int32), jnp.diff(ends, prepend=0),
+                      total_repeat_length=size)
+
+  def search(ends):  # to repeat, a GPU would have all empty runs write to one address
+    index = _search(ends, jnp.arange(size, dtype=jnp.int32), "right")
+    return jnp.minimum(index, len(ends) - 1)
+
+  return lax.platform_dependent(ends, cpu=repeat, default=search)
+
+
+def _search(ordered, x, side):
+  """`searchsorted` as one kernel; a loop would wait for the host at every step."""
+  return jnp.searchsorted(ordered, x, side=side, method="scan_unrolled").astype(jnp.int32)
+
+
+def _touch(seen, splat, column, row, tiles):
   """Whether an ellipse of alpha >= 1/255 reaches any pixel centre of a tile.
 
   The least of a convex form over a box lies on one of the two sides that face its centre.
@@ -161,9 +221,9 @@ def _touch(seen, splat, column, row, side):
   xy, conic = seen.xy.reshape(-1, 2)[splat], seen.conic.reshape(-1, 3)[splat]
   a, b, c = conic.T
   level = 2 * jnp.log(jnp.maximum(seen.opacity.reshape(-1)[splat] / ALPHA_MIN, 1.0))
-  left = column * side + 0.5 - xy[:, 0]
-  top = row * side + 0.5 - xy[:, 1]
-  right, bottom = left + side - 1, top + side - 1
+  left = column * tiles.width + 0.5 - xy[:, 0]
+  top = row * tiles.height + 0.5 - xy[:, 1]
+  right, bottom = left + tiles.width - 1, top + tiles.height - 1
   x, y = jnp.clip(0, left, right), jnp.clip(0, top, bottom)
   along = jnp.clip(-b * x / c, top, bottom)
   across = jnp.clip(-b * y / a, left, right)
@@ -172,7 +232,10 @@ def _touch(seen, splat, column, row, side):
   return least <= level * 1.001 + 0.01  # rounding may not cost a pixel
 
 
-def _tiles(rect, side):
+def _tiles(rect, tile):
   """Pixel rectangles in tiles: starts round down, ends up."""
-  up = jnp.array([0, side - 1, 0, side - 1], rect.dtype)
-  return (rect + up.reshape((1,) * (rect.ndim - 1) + (4,))) // side
+  width, height = tile
+  up = jnp.array([0, width - 1, 0, height - 1], rect.dtype)
+  over = jnp.array([width, width, height, height], rect.dtype)
+  shape = (1,) * (rect.ndim - 1) + (4,)
+  return (rect + up.reshape(shape)) // over.reshape(shape)

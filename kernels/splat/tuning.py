@@ -12,15 +12,15 @@ class Config:
   """How the image is cut up. Never changes the picture, only the time it takes.
 
   Attributes:
-    tile: side of a square tile in px; divides 16, the grid of the official extent rule.
-    block: splats of one tile that `xla` handles together; `pallas` asks after each so many
-      whether the tile is finished.
+    tile: width and height of a tile in px; both divide 16, the grid of the official extent
+      rule. `pallas` takes (16, 8) only: a pixel a thread.
+    block: splats of one tile that `xla` handles together.
     group: blocks that `xla` handles at once; bounds its working memory.
     backend: of `pallas`: "mosaic" (NVIDIA, Hopper and later) or "interpret" (any, slow).
     pairs: tiles a splat touches, guessed generously where nobody says and none can be counted.
   """
 
-  tile: int = 16
+  tile: tuple[int, int] = (16, 8)
   block: int = 32
   group: int = 1024
   backend: str = "interpret"
@@ -29,10 +29,10 @@ class Config:
 
 # Platform and implementation: settings.
 TUNED = {
-    ("cpu", "xla"): Config(tile=8, block=32, group=64, pairs=32),
-    ("cpu", "pallas"): Config(tile=16, backend="interpret"),
-    ("gpu", "xla"): Config(tile=16, block=32, group=2048),
-    ("gpu", "pallas"): Config(tile=16, backend="mosaic"),
+    ("cpu", "xla"): Config(tile=(8, 8), block=32, group=64, pairs=32),
+    ("cpu", "pallas"): Config(backend="interpret"),
+    ("gpu", "xla"): Config(tile=(16, 16), block=32, group=2048),
+    ("gpu", "pallas"): Config(backend="mosaic"),
 }
 DEFAULT = {"gpu": "pallas"}  # elsewhere "xla"
 

@@ -66,7 +66,7 @@ def _forward(shapes, values, bins, attached, tiles, config):
   del attached
   blocks, groups = _cut(bins, config)
   padded = _pad(shapes), _pad(_with_one(values))
-  m, s = values.shape[1] + 1, tiles.side**2
+  m, s = values.shape[1] + 1, tiles.width * tiles.height
   corner = _corners(tiles, len(bins.starts))
 
   def step(state):
@@ -74,7 +74,7 @@ def _forward(shapes, values, bins, attached, tiles, config):
     here = _take(blocks, i, config.group)
     shape, value = _gather(padded, bins, here, config.block)
     x0, y0 = (z[here.tile] for z in corner)
-    alpha = _alpha(shape, x0, y0, tiles.side)
+    alpha = _alpha(shape, x0, y0, tiles)
     clear = lax.fori_loop(0, config.block, lambda k, light: light * (1 - alpha[:, k]),
                           jnp.ones((config.group, s), values.dtype))
     enter, carry = _enter(clear, here, i * config.group, carry)
@@ -102,8 +102,7 @@ def _backward(attached, tiles, config, residuals, d_total):
   shapes, values, bins, light, shown, total = residuals
   blocks, groups = _cut(bins, config)
   padded = _pad(shapes), _pad(_with_one(values))
-  m, s = values.shape[1] + 1, tiles.side**2
-  side = tiles.side
+  m, s = values.shape[1] + 1, tiles.width * tiles.height
   corner = _corners(tiles, len(bins.starts))
   mask = jnp.array((*attached, True), values.dtype)
   d_total = jnp.concatenate([d_total, jnp.zeros((1, m, s), d_total.dtype)])
@@ -114,7 +113,7 @@ def _backward(attached, tiles, config, residuals, d_total):
   whole = jnp.einsum("tms,tms,m->ts", d_total[:-1], total, mask)
   whole = jnp.concatenate([whole, jnp.zeros((1, s), whole.dtype)])[blocks.tile]
   behind = whole - before + weighed
-  basis = _moments(side, values.dtype)
+  basis = _moments(tiles, values.dtype)
 
   def step(state):
     i, d_rows = state
@@ -125,7 +124,7 @@ def _backward(attached, tiles, config, residuals, d_total):
         lax.dynamic_slice_in_dim(z, i * config.group, config.group) for z in
         (light, behind, d_shown))
 
-    alpha = _alpha(shape, x0, y0, side)
+    alpha = _alpha(shape, x0, y0, tiles)
     weight = jnp.einsum("gkm,gms->gks", value * mask[None, None], d_here, precision="highest")
 
     def unblend(k, state):
@@ -143,19 +142,15 @@ def _backward(attached, tiles, config, residuals, d_total):
     *_, share, d_power = lax.fori_loop(0, config.block, unblend, start)
     d_value = jnp.einsum("gks,gms->gkm", share, d_here, precision="highest")
     sums = jnp.einsum("gks,sq->gkq", d_power, basis, precision="highest")
-    rows = jnp.concatenate([_d_shape(shape, sums, x0, y0, side), d_value], -1)
+    rows = jnp.concatenate([_d_shape(shape, sums, x0, y0, tiles), d_value], -1)
     return i + 1, lax.dynamic_update_slice(d_rows, rows, (i * config.group, 0, 0))
 
   d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype)
   _, d_rows = lax.while_loop(lambda state: state[0] < groups, step, (jnp.int32(0), d_rows))
   # From slots of blocks to pairs.
-  slot = jnp.arange(len(bins.splats), dtype=jnp.int32)
-  tile = jnp.repeat(jnp.arange(len(bins.starts) - 1, dtype=jnp.int32), jnp.diff(bins.starts),
-                    total_repeat_length=len(slot))
-  flat = blocks.starts[tile] * config.block + slot - bins.starts[tile]
-  d_pairs = d_rows.reshape(-1, 6 + m)[flat]
-  d_pairs = jnp.where((slot < bins.starts[-1])[:, None], d_pairs, 0)
-  sums = sum_by_splat(d_pairs, bins)
+  place = jnp.arange(len(bins.splats), dtype=jnp.int32)
+  index = (blocks.starts * config.block - bins.starts)[bins.tiles] + place
+  sums = sum_by_splat(d_rows.reshape(-1, 6 + m), index, bins, tiles)
   return sums[:, :6], sums[:, 6:-1], None
 
 
@@ -195,10 +190,10 @@ def _gather(padded, bins, here, block):
   return shapes[ids], values[ids]
 
 
-def _alpha(shape, x0, y0, side):
+def _alpha(shape, x0, y0, tiles):
   """Alpha [g k s] of the blocks' splats at the pixels of their tiles."""
   u, v, a, b, c, opacity = (shape[:, :, i, None] for i in range(6))
-  column, row = (z[None, None, :] for z in _offsets(side, shape.dtype))
+  column, row = (z[None, None, :] for z in _offsets(tiles, shape.dtype))
   dx, dy = column + x0[:, None, None] - u, row + y0[:, None, None] - v
   power = -0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy
   raw = opacity * jnp.exp(power)
@@ -242,14 +237,14 @@ def _sum_by_tile(shown, blocks):
   return lax.platform_dependent(shown, cpu=scatter, default=gather)
 
 
-def _d_shape(shape, sums, x0, y0, side):
+def _d_shape(shape, sums, x0, y0, tiles):
   """Cotangents [g k 6] of the shapes from moments of the power's cotangent.
 
   The moments [g k 6] (1, x, y, xx, xy, yy) are about the tile's centre.
   """
   u, v, a, b, c, opacity = (shape[..., i] for i in range(6))
   one, x, y, xx, xy, yy = (sums[..., i] for i in range(6))
-  px, py = x0[:, None] + side / 2 - u, y0[:, None] + side / 2 - v
+  px, py = x0[:, None] + tiles.width / 2 - u, y0[:, None] + tiles.height / 2 - v
   dx, dy = px * one + x, py * one + y
   dxx = px * px * one + 2 * px * x + xx
   dxy = px * py * one + px * y + py * x + xy
@@ -259,23 +254,24 @@ def _d_shape(shape, sums, x0, y0, side):
                    -1)
 
 
-def _moments(side, dtype):
+def _moments(tiles, dtype):
   """1, x, y, xx, xy, yy [s 6] of a tile's pixel centres about its centre."""
-  x, y = (z - side / 2 for z in _offsets(side, dtype))
+  x, y = _offsets(tiles, dtype)
+  x, y = x - tiles.width / 2, y - tiles.height / 2
   return jnp.stack([jnp.ones_like(x), x, y, x * x, x * y, y * y], 1)
 
 
-def _offsets(side, dtype):
+def _offsets(tiles, dtype):
   """Column and row [s] of a tile's pixel centres."""
-  index = jnp.arange(side * side)
-  return (index % side).astype(dtype) + 0.5, (index // side).astype(dtype) + 0.5
+  index = jnp.arange(tiles.width * tiles.height)
+  return (index % tiles.width).astype(dtype) + 0.5, (index // tiles.width).astype(dtype) + 0.5
 
 
 def _corners(tiles: Grid, rows: int):
   """x and y [rows] of the upper left corner of every tile."""
   index = jnp.arange(rows, dtype=jnp.int32) % (tiles.columns * tiles.rows)
   x, y = index % tiles.columns, index // tiles.columns
-  return (x * tiles.side).astype(jnp.float32), (y * tiles.side).astype(jnp.float32)
+  return (x * tiles.width).astype(jnp.float32), (y * tiles.height).astype(jnp.float32)
 
 
 def _with_one(values):
