@@ -64,7 +64,8 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   cameras, n = seen.depth.shape
   per_camera = tiles.columns * tiles.rows
   t, size = cameras * per_camera, (tiles.width, tiles.height)
-  seen = jax.tree.map(lax.stop_gradient, seen)
+  # Projected once a splat, not once a pair.
+  seen = lax.optimization_barrier(jax.tree.map(lax.stop_gradient, seen))
   # Invisible splats touch no tile; where they stand in the order is all the same.
   _, order = lax.sort((seen.depth, lax.broadcasted_iota(jnp.int32, (cameras, n), 1)),
                       dimension=1, num_keys=1)
@@ -79,7 +80,7 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   slot = jnp.arange(capacity, dtype=jnp.int32)
   place = _owner(ends, capacity)
   splat = order[place]
-  x0, x1, y0, _ = rect[place].T
+  x0, x1, y0, _ = (rect[place, i] for i in range(4))
   within, wide = slot - begins[place], jnp.maximum(x1 - x0, 1)
   x, y = x0 + within % wide, y0 + within // wide
   tile = (place // n * tiles.rows + y) * tiles.columns + x
@@ -128,19 +129,19 @@ def sum_by_runs(rows, index, bins, longest):
   place = jnp.arange(len(index), dtype=jnp.int32)
   index = jnp.where(place < bins.starts[-1], index, len(rows))
   index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
-  return _sum_runs(rows, index, *bins.runs.T, longest)
+  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest)
+  return lax.optimization_barrier(sums)  # or all that reads the sums would add up anew
 
 
 def _sum_runs(rows, index, begins, ends, longest):
   """Sums of rows[index[begins:ends]] for each run; rows beyond the last are zero.
 
   The first few rows of each run are added at once. The rest of the long runs is cut into
-  pieces as short, their sums make runs in turn, and there are ever fewer of them.
+  pieces as short, and the pieces of one run make a run in turn.
   """
   def add(begins, ends):
     at = begins[:, None] + jnp.arange(FAN, dtype=jnp.int32)[None, :]
-    here = index.at[at].get(mode="clip")
-    here = jnp.where(at < ends[:, None], here, len(rows))
+    here = jnp.where(at < ends[:, None], index.at[at].get(mode="clip"), len(rows))
     return jnp.sum(rows.at[here].get(mode="fill", fill_value=0), 1)
 
   total = add(begins, ends)
@@ -154,7 +155,10 @@ def _sum_runs(rows, index, begins, ends, longest):
   run = _owner(last, size)
   begin = begins[run] + FAN * (piece - first[run] + 1)
   sums = add(begin, jnp.where(piece < last[-1], ends[run], begin))
-  return total + _sum_runs(sums, piece, first, last, longest // FAN)
+  leads = (piece == first[run]) & (piece < last[-1])
+  sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // FAN)
+  return total.at[jnp.where(leads, run, len(total) + piece)].add(
+      sums, mode="drop", unique_indices=True)
 
 
 def scan_runs(combine, x: Array, first: Int[Array, " m"], longest: Int[Array, ""]) -> Array:
@@ -219,7 +223,7 @@ def _touch(seen, splat, column, row, tiles):
   The least of a convex form over a box lies on one of the two sides that face its centre.
   """
   xy, conic = seen.xy.reshape(-1, 2)[splat], seen.conic.reshape(-1, 3)[splat]
-  a, b, c = conic.T
+  a, b, c = (conic[:, i] for i in range(3))
   level = 2 * jnp.log(jnp.maximum(seen.opacity.reshape(-1)[splat] / ALPHA_MIN, 1.0))
   left = column * tiles.width + 0.5 - xy[:, 0]
   top = row * tiles.height + 0.5 - xy[:, 1]

@@ -76,8 +76,10 @@ def _backward(attached, tiles, config, residuals, d_shown):
   out = (jax.ShapeDtypeStruct((rows * BACK, -(-(SHAPE + m) // 8) * 8), jnp.float32),)
   body = functools.partial(_backward_body, tiles=tiles, attached=attached, width=width)
   scratch = ((BACK * width,), (BACK, PITCH), (BACK, PITCH), (m, PIXELS))
+  splats = _padded(bins, len(shapes))
+  centres = jnp.stack([shapes[:, i].at[splats].get(mode="clip") for i in range(2)])
   rows, = _launch(body, t, out, scratch, config.backend)(
-      pairs.reshape(-1), pairs[:, :2].T, bins.starts, firsts, shown, d_shown)
+      pairs.reshape(-1), centres, bins.starts, firsts, shown, d_shown)
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)
   index = (firsts * BACK - bins.starts)[bins.tiles] + place
   sums = sum_by_splat(rows, index, bins, tiles)
@@ -89,20 +91,25 @@ composite.defvjp(_forward, _backward)
 
 def _pack(shapes, values, bins):
   """What each pair blends [p+ width], and some rows of zeros to read ahead into."""
-  u, v, a, b, c, opacity = shapes.T
+  u, v, a, b, c, opacity = (shapes[:, i] for i in range(SHAPE))
   # The kernels take powers of two.
   table = jnp.stack([u, v, -0.5 * LOG2_E * a, -LOG2_E * b, -0.5 * LOG2_E * c, opacity], 1)
   # Chunks of rows of even width fill whole warpgroups.
   odd = jnp.zeros((len(values), (SHAPE + values.shape[1]) % 2))
-  table = jnp.concatenate([table, values, odd], 1)
-  splats = jnp.concatenate([bins.splats, jnp.full(2 * AHEAD, len(table), jnp.int32)])
-  return table.at[splats].get(mode="fill", fill_value=0)
+  # Made once a splat, not once a pair.
+  table = lax.optimization_barrier(jnp.concatenate([table, values, odd], 1))
+  return table.at[_padded(bins, len(table))].get(mode="fill", fill_value=0)
+
+
+def _padded(bins, empty):
+  """The splats of all pairs, and of what is read ahead."""
+  return jnp.concatenate([bins.splats, jnp.full(2 * AHEAD, empty, jnp.int32)])
 
 
 def _d_shape(shapes, sums):
   """Cotangents [r 6] of the shapes from moments (1, x, y, xx, xy, yy) of the power's."""
-  _, _, a, b, c, opacity = shapes.T
-  one, x, y, xx, xy, yy = sums[:, :SHAPE].T
+  _, _, a, b, c, opacity = (shapes[:, i] for i in range(SHAPE))
+  one, x, y, xx, xy, yy = (sums[:, i] for i in range(SHAPE))
   return jnp.stack([a * x + b * y, b * x + c * y, -0.5 * xx, -xy, -0.5 * yy,
                     # No pair has opacity 0: the support of such a splat is empty.
                     one / jnp.where(opacity > 0, opacity, 1)], 1)

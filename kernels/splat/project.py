@@ -58,76 +58,99 @@ def project(
   The determinant is summed from squares (Cauchy-Binet), so that the thinnest needle still has
   a positive one.
   """
-  rotate, shift = viewmat[:3, :3], viewmat[:3, 3]
-  camera = jnp.einsum("ij,nj->ni", rotate, means, precision="highest") + shift[None]
-  z = camera[:, 2]
-  ahead = z > NEAR if whole is None else (z > NEAR) & whole
-  camera = jnp.where(ahead[:, None], camera, jnp.array([0, 0, 1], camera.dtype)[None])
-  x, y, z = camera.T
+  ahead, x, y, z = _to_camera(means, viewmat, whole)
   fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-  xy = jnp.stack([fx * x / z + cx, fy * y / z + cy], 1)
+  u, v = fx * x / z + cx, fy * y / z + cy
   if probe is not None:
-    xy = xy + probe
+    u, v = u + probe[:, 0], v + probe[:, 1]
 
   # Rows of T = J W R S, 2x3: the linearised projection of the unit sphere. Far outside the
   # image the linearisation explodes, hence the clamp.
   margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy  # 0.3 tan(fov / 2)
   slope_x = jnp.clip(x / z, -cx / fx - margin_x, (width - cx) / fx + margin_x)
   slope_y = jnp.clip(y / z, -cy / fy - margin_y, (height - cy) / fy + margin_y)
-  jacobian_x = (fx / z)[:, None] * (rotate[None, 0] - slope_x[:, None] * rotate[None, 2])
-  jacobian_y = (fy / z)[:, None] * (rotate[None, 1] - slope_y[:, None] * rotate[None, 2])
-  axes = rotation(quats) * scales[:, None, :]
-  t0 = jnp.einsum("ni,nij->nj", jacobian_x, axes, precision="highest")
-  t1 = jnp.einsum("ni,nij->nj", jacobian_y, axes, precision="highest")
-  xx, yy, cross = jnp.sum(t0 * t0, 1), jnp.sum(t1 * t1, 1), jnp.cross(t0, t1)
-  det = jnp.sum(cross * cross, 1) + BLUR * (xx + yy) + BLUR**2
-  cov = jnp.stack([xx + BLUR, jnp.sum(t0 * t1, 1), yy + BLUR], 1)
-  conic = jnp.stack([cov[:, 2], -cov[:, 1], cov[:, 0]], 1) / det[:, None]
+  w0, w1, w2 = viewmat[:3, :3]
+  jacobian_x = [fx / z * (w0[i] - slope_x * w2[i]) for i in range(3)]
+  jacobian_y = [fy / z * (w1[i] - slope_y * w2[i]) for i in range(3)]
+  axes = _rotation(quats)
+  s = _columns(scales)
+  t0, t1 = ([s[k] * _dot(row, [axes[i][k] for i in range(3)]) for k in range(3)]
+            for row in (jacobian_x, jacobian_y))
+  xx, xy, yy = _dot(t0, t0), _dot(t0, t1), _dot(t1, t1)
+  cross = [t0[i - 2] * t1[i - 1] - t0[i - 1] * t1[i - 2] for i in range(3)]
+  det = _dot(cross, cross) + BLUR * (xx + yy) + BLUR**2
+  xx, yy = xx + BLUR, yy + BLUR
+  conic = yy / det, -xy / det, xx / det
 
-  radius, rect = support(*map(jax.lax.stop_gradient, (xy, cov, det, opacities)),
+  radius, rect = support(*map(jax.lax.stop_gradient, (u, v, xx, yy, det, opacities)),
                          width=width, height=height, extent=extent)
   seen = ahead & (rect[:, 1] > rect[:, 0]) & (rect[:, 3] > rect[:, 2])
   return Projected(
-      jnp.where(seen[:, None], xy, 0), z,
-      jnp.where(seen[:, None], conic, jnp.array([1, 0, 1], conic.dtype)[None]),
+      jnp.stack([jnp.where(seen, u, 0), jnp.where(seen, v, 0)], 1), z,
+      jnp.stack([jnp.where(seen, a, b) for a, b in zip(conic, (1, 0, 1), strict=True)], 1),
       jnp.where(seen, opacities, 0), jnp.where(seen[:, None], rect, 0),
       jnp.where(seen, radius, 0))
 
 
-def support(xy, cov, det, opacity, *, width: int, height: int, extent: str):
+def _to_camera(means, viewmat, whole):
+  """Which splats lie ahead, and x, y, z [n] in camera axes; 0, 0, 1 for the others."""
+  p = _columns(means)
+  x, y, z = (_dot(row[:3], p) + row[3] for row in viewmat[:3])
+  ahead = z > NEAR if whole is None else (z > NEAR) & whole
+  return ahead, jnp.where(ahead, x, 0), jnp.where(ahead, y, 0), jnp.where(ahead, z, 1)
+
+
+def _columns(x):
+  """Columns of x [n k]; a transpose would have XLA turn whole arrays about."""
+  return [x[:, i] for i in range(x.shape[1])]
+
+
+def _dot(a, b):
+  """Inner product of three components each; spelt out, it melts into what is around it."""
+  return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def support(u, v, xx, yy, det, opacity, *, width: int, height: int, extent: str):
   """Radius [n] px and pixel rectangle [n 4] of each ellipse, cut to the image.
+
+  Its mean is (u, v), xx and yy are on the diagonal of its covariance, det its determinant.
 
   "official": a square of 3 sigma of the longer axis, rounded out to 16 px tiles; what lies
   outside is not drawn, so this rule shows in the picture.
   "exact": the box around all pixels with alpha >= 1/255; nothing is lost.
   """
-  middle = 0.5 * (cov[:, 0] + cov[:, 2])
+  middle = 0.5 * (xx + yy)
   longest = middle + jnp.sqrt(jnp.maximum(0.1, middle**2 - det))
   radius = jnp.ceil(3 * jnp.sqrt(longest))
-  if extent == "official":
-    reach, grid = jnp.stack([radius, radius], 1), OFFICIAL_TILE
-    low = jnp.floor((xy - 0.5 - reach) / grid) * grid
-    high = jnp.floor((xy - 0.5 + reach + grid - 1) / grid) * grid
-  else:
-    level = 2 * jnp.log(jnp.maximum(opacity / ALPHA_MIN, 1.0))
-    # A hair wider than the ellipse: rounding may not cost a pixel.
-    reach = jnp.sqrt(level[:, None] * cov[:, ::2]) * 1.0001 + 0.01
-    low = jnp.ceil(xy - 0.5 - reach)
-    high = jnp.where((opacity >= ALPHA_MIN)[:, None], jnp.floor(xy - 0.5 + reach) + 1, low)
-  size = jnp.array([width, height], xy.dtype)[None]
-  low, high = (jnp.clip(v, 0, size).astype(jnp.int32) for v in (low, high))
-  rect = jnp.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)
-  return jnp.minimum(radius, 2**30).astype(jnp.int32), rect
+  rect = []
+  for at, variance, size in (u, xx, width), (v, yy, height):
+    if extent == "official":
+      low, high = at - 0.5 - radius, at - 0.5 + radius + OFFICIAL_TILE - 1
+      low, high = (jnp.floor(x / OFFICIAL_TILE) * OFFICIAL_TILE for x in (low, high))
+    else:
+      level = 2 * jnp.log(jnp.maximum(opacity / ALPHA_MIN, 1.0))
+      # A hair wider than the ellipse: rounding may not cost a pixel.
+      reach = jnp.sqrt(level * variance) * 1.0001 + 0.01
+      low = jnp.ceil(at - 0.5 - reach)
+      high = jnp.where(opacity >= ALPHA_MIN, jnp.floor(at - 0.5 + reach) + 1, low)
+    rect += [jnp.clip(x, 0, size).astype(jnp.int32) for x in (low, high)]
+  return jnp.minimum(radius, 2**30).astype(jnp.int32), jnp.stack(rect, 1)
 
 
 def rotation(quats: Float[Array, "n 4"]) -> Float[Array, "n 3 3"]:
   """Rotation matrices of quaternions wxyz of any length; zero turns nothing."""
-  squared = jnp.sum(quats * quats, 1, keepdims=True)
-  w, x, y, z = (quats * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))).T
-  rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-          2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-          2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-  return jnp.stack(rows, 1).reshape(-1, 3, 3)
+  return jnp.stack([jnp.stack(row, 1) for row in _rotation(quats)], 1)
+
+
+def _rotation(quats):
+  """Rows of `rotation`, as lists of components [n]."""
+  w, x, y, z = _columns(quats)
+  squared = w * w + x * x + y * y + z * z
+  scale = jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
+  w, x, y, z = (q * scale for q in (w, x, y, z))
+  return [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+          [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+          [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]]
 
 
 def shade(
@@ -137,18 +160,19 @@ def shade(
     degree: int,
 ) -> Float[Array, "n 3"]:
   """Colours >= 0 that spherical harmonics show to a camera; 0.5 is what zeros show."""
-  centre = -viewmat[:3, :3].T @ viewmat[:3, 3]
-  away = means - centre[None]
-  squared = jnp.sum(away * away, 1, keepdims=True)
-  away = away * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
-  basis = harmonics(away, degree)
-  shown = jnp.einsum("nk,nkc->nc", basis, colors[:, :basis.shape[1]], precision="highest")
+  rotate, shift = viewmat[:3, :3], viewmat[:3, 3]
+  # The centre of the camera is minus the transposed rotation times the shift.
+  away = [p + _dot(rotate[:, i], shift) for i, p in enumerate(_columns(means))]
+  squared = _dot(away, away)
+  scale = jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
+  basis = harmonics(*(x * scale for x in away), degree)
+  shown = jnp.sum(basis[:, :, None] * colors[:, :basis.shape[1]], 1)
   return jnp.maximum(shown + 0.5, 0)
 
 
-def harmonics(direction: Float[Array, "n 3"], degree: int) -> Float[Array, "n k"]:
+def harmonics(x: Float[Array, " n"], y: Float[Array, " n"], z: Float[Array, " n"],
+              degree: int) -> Float[Array, "n k"]:
   """Real spherical harmonics up to `degree` (0..3) of unit vectors, in the usual order."""
-  x, y, z = direction.T
   basis = [jnp.full_like(x, 0.5 * math.sqrt(1 / math.pi))]
   if degree > 0:
     c = math.sqrt(3 / (4 * math.pi))
