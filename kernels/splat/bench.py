@@ -1,7 +1,9 @@
-"""Times the implementations on the named scenes: `python -m kernels.splat.bench --help`.
+"""Times the implementations on head-sized scenes: `python -m kernels.splat.bench --help`.
 
-Forward and forward plus backward, as medians after a warm-up, with gsplat beside them where it
-is installed and has a GPU. Prints a table and, if asked, writes JSON.
+Forward, and forward plus backward, of RGB, alpha, depth and two detached feature channels, with
+gsplat's RGB beside them in the same process where it is installed and has a GPU. Every figure is
+the median of several runs of ten calls that are given to the device at once, after a warm-up.
+Prints a table and, if asked, writes JSON.
 """
 
 import argparse
@@ -20,94 +22,117 @@ from kernels.splat import rasterize
 from kernels.splat.cases import CASES, Case, scene
 
 LEARNT = ("means", "quats", "scales", "opacities", "colors", "features")
+CALLS = 10  # given to the device at once: a training loop does not wait for each step either
+QUICK = ("3000x128",)
+FULL = ("10000x256", "10000x512", "30000x512", "100000x512", "1000000x512", "30000x1024",
+        "100000x1024", "1000000x1024", "30000x2048", "1000000x2048")
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--cases", nargs="+", default=["demo", "demo crowded"],
-                      help=f"of: {', '.join(CASES)}; or SPLATSxSIDE, such as 5000x200")
+  parser.add_argument("--cases", nargs="+", default=["full"],
+                      help="SPLATSxSIDE, such as 5000x200; full (the table of the README; "
+                           f"default), quick; or of: {', '.join(CASES)}")
   parser.add_argument("--implementations", nargs="+", default=[None],
                       help="reference, xla, pallas; left out: the device's default")
-  parser.add_argument("--repeat", type=int, default=20)
+  parser.add_argument("--repeat", type=int, default=9, help="runs of ten calls")
   parser.add_argument("--json", help="file to write")
   args = parser.parse_args()
+  names = {"full": FULL, "quick": QUICK}.get(args.cases[0], args.cases)
+  cases = {name: _case(parser, name) for name in names}
   device = jax.devices()[0].device_kind
-  print(f"{device}, jax {jax.__version__}; medians of {args.repeat}, ms")
+  peer = _gsplat()
+  print(f"{device}, jax {jax.__version__}"
+        + (f", gsplat {peer.__version__}" if peer else ", no gsplat to compare with")
+        + f"; ms a call, medians of {args.repeat} runs; MB at the peak of backward")
   rows = []
-  for name in args.cases:
-    case = _case(parser, name)
+  for name, case in cases.items():
     results = {i or "default": measure(case, i, args.repeat) for i in args.implementations}
-    if importlib.util.find_spec("gsplat"):
-      results["gsplat"] = measure_gsplat(case, args.repeat)
-    base = next(iter(results.values()))["backward_ms"]
+    if peer:
+      results["gsplat"] = measure_gsplat(peer, case, args.repeat)
     for which, result in results.items():
-      rows.append(dict(case=name, implementation=which, device=device, **result))
-      print(f"{name:14} {which:10} forward {result['forward_ms']:9.3f}  with backward "
-            f"{result['backward_ms']:9.3f}  ratio {result['backward_ms'] / base:6.2f}  "
-            f"compiled in {result['compile_s']:.1f} s")
+      base = results.get("gsplat", next(iter(results.values())))
+      ratio = result["backward_ms"] / base["backward_ms"]
+      rows.append(dict(case=name, implementation=which, device=device, ratio=ratio, **result))
+      print(f"{name:14} {which:10} forward {result['forward_ms']:8.3f}  with backward "
+            f"{result['backward_ms']:8.3f}  ratio {ratio:5.2f}  {result['peak_mb']:7.0f} MB",
+            flush=True)
   if args.json:
     with open(args.json + ".part", "w") as file:
-      json.dump(dict(jax=jax.__version__, device=device, rows=rows), file, indent=1)
+      json.dump(dict(jax=jax.__version__, gsplat=peer and peer.__version__, device=device,
+                     rows=rows), file, indent=1)
     os.replace(args.json + ".part", args.json)
 
 
 def measure(case: Case, implementation: str | None, repeat: int) -> dict[str, float]:
-  """Median times of one implementation: RGB, alpha, depth and detached features."""
+  """Times and memory of one implementation."""
   inputs = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.asarray(x), scene(case))
   learnt = {k: inputs.pop(k) for k in LEARNT}
   run = functools.partial(rasterize, **inputs, implementation=implementation, detached=True)
-  needed = 1 << 12
-  while implementation != "reference" and run(**learnt, capacity=needed).overflow > 0:
-    needed *= 2
+  capacity = None
+  if implementation != "reference":  # room as a training loop would make it: a tenth to spare
+    capacity = 1 << 12
+    while (overflow := int(run(**learnt, capacity=capacity).overflow)) > 0:
+      capacity = int(1.1 * (capacity + overflow))
 
   def loss(learnt):
-    out = run(**learnt, capacity=needed)
+    out = run(**learnt, capacity=capacity)
     return sum(jnp.mean(x**2) for x in out[:4])
 
-  start = time.perf_counter()
   forward = jax.jit(loss).lower(learnt).compile()
-  backward = jax.jit(jax.value_and_grad(loss)).lower(learnt).compile()
-  compiled = time.perf_counter() - start
-  return dict(
-      forward_ms=_median(lambda: jax.block_until_ready(forward(learnt)), repeat),
-      backward_ms=_median(lambda: jax.block_until_ready(backward(learnt)), repeat),
-      compile_s=compiled)
+  backward = jax.jit(jax.grad(loss)).lower(learnt).compile()
+  use = backward.memory_analysis()
+  peak = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+  return dict(forward_ms=_median(lambda: forward(learnt), jax.block_until_ready, repeat),
+              backward_ms=_median(lambda: backward(learnt), jax.block_until_ready, repeat),
+              peak_mb=peak / 1e6)
 
 
-def measure_gsplat(case: Case, repeat: int) -> dict[str, float]:
-  """The same of gsplat, RGB only."""
+def _gsplat():
+  """gsplat, if it is installed and can run."""
+  if not (importlib.util.find_spec("gsplat") and importlib.util.find_spec("torch")):
+    return None
   # By name, since neither is a dependency, not even an optional one.
-  gsplat, torch = importlib.import_module("gsplat"), importlib.import_module("torch")
+  return importlib.import_module("gsplat") if (
+      importlib.import_module("torch").cuda.is_available()) else None
+
+
+def measure_gsplat(gsplat, case: Case, repeat: int) -> dict[str, float]:
+  """The same of gsplat, RGB only."""
+  torch = importlib.import_module("torch")
   inputs = {k: torch.as_tensor(x, device="cuda") if hasattr(x, "shape") else x
-            for k, x in scene(case).items()}
-  names = ("means", "quats", "scales", "opacities", "colors")
-  learnt = [inputs[k].requires_grad_() for k in names]
+            for k, x in scene(case).items() if k != "features"}
+  learnt = [inputs[k].requires_grad_() for k in LEARNT if k in inputs]
 
   def forward():
     color, *_ = gsplat.rasterization(
         *learnt, inputs["viewmats"], inputs["Ks"], inputs["width"], inputs["height"],
         sh_degree=inputs["sh_degree"], packed=False)
+    return (color**2).mean()
+
+  def plain():
+    with torch.no_grad():
+      return forward()
+
+  def wait(_):
     torch.cuda.synchronize()
-    return color
 
-  def backward():
-    torch.autograd.grad((forward()**2).mean(), learnt)
-    torch.cuda.synchronize()
-
-  start = time.perf_counter()
-  backward()
-  return dict(compile_s=time.perf_counter() - start, forward_ms=_median(forward, repeat),
-              backward_ms=_median(backward, repeat))
+  torch.cuda.reset_peak_memory_stats()
+  backward_ms = _median(lambda: torch.autograd.grad(forward(), learnt), wait, repeat)
+  peak = torch.cuda.max_memory_allocated()
+  return dict(forward_ms=_median(plain, wait, repeat), backward_ms=backward_ms,
+              peak_mb=peak / 1e6)
 
 
-def _median(run, repeat):
-  run()
+def _median(call, wait, repeat):
   times = []
-  for _ in range(repeat):
+  for _ in range(repeat + 1):
     start = time.perf_counter()
-    run()
-    times.append(time.perf_counter() - start)
-  return 1e3 * statistics.median(times)
+    for _ in range(CALLS):
+      result = call()
+    wait(result)
+    times.append((time.perf_counter() - start) / CALLS)
+  return 1e3 * statistics.median(times[1:])  # the first run warms up
 
 
 def _case(parser, name):

@@ -56,12 +56,12 @@ def scene(case: Case, seed: int = 0) -> dict[str, Any]:
     scales = rng.uniform(0.8, 1.2, (n, 3))
     opacities = rng.uniform(0.1, 0.4, n)
   else:
-    depth, focal = 0.6, 2.34 * case.width  # the head fills the image's height
+    depth, focal = 0.6, 1200 / 512 * case.width  # the head fills the image's height
     shell = rng.normal(size=(n, 3))
     shell /= np.linalg.norm(shell, axis=1, keepdims=True)
     means = shell * rng.uniform(0.9, 1, (n, 1)) * [0.08, 0.11, 0.09]
-    scales = np.exp(rng.normal(np.log(0.3 / np.sqrt(n)), 0.5, (n, 3)))
-    opacities = rng.uniform(0.05, 1.0, n)
+    scales = np.exp(rng.normal(np.log(0.3464 / np.sqrt(n)), 0.5, (n, 3)))
+    opacities = rng.uniform(0.05, 0.95, n)
     mouth = rng.random(n) < case.crowded
     means[mouth] = [0, 0.04, -0.06] + [0.006, 0.004, 0.01] * rng.normal(size=(mouth.sum(), 3))
     scales[mouth] *= 0.4

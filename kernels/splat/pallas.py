@@ -60,7 +60,7 @@ def _forward(shapes, values, bins, attached, tiles, config):
   width = pairs.shape[1]
   out = (jax.ShapeDtypeStruct((t, m + 1, PIXELS), jnp.float32),)
   body = functools.partial(_forward_body, tiles=tiles, m=m, width=width)
-  shown, = _launch(body, t, out, ((AHEAD * width,),), config.backend)(
+  shown, = BACKENDS[config.backend]().launch(body, t, out, ((AHEAD * width,),))(
       pairs.reshape(-1), bins.starts)
   return shown, (shapes, values, bins, pairs, shown)
 
@@ -78,7 +78,7 @@ def _backward(attached, tiles, config, residuals, d_shown):
   scratch = ((BACK * width,), (BACK, PITCH), (BACK, PITCH), (m, PIXELS))
   splats = _padded(bins, len(shapes))
   centres = jnp.stack([shapes[:, i].at[splats].get(mode="clip") for i in range(2)])
-  rows, = _launch(body, t, out, scratch, config.backend)(
+  rows, = BACKENDS[config.backend]().launch(body, t, out, scratch)(
       pairs.reshape(-1), centres, bins.starts, firsts, shown, d_shown)
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)
   index = (firsts * BACK - bins.starts)[bins.tiles] + place
@@ -312,12 +312,12 @@ class _Mosaic:
   def barrier(self):
     self._gpu.commit_smem()
 
-  def launch(self, body, grid, out, scratch):
+  def launch(self, body, programs, out, scratch):
     def run(*refs):
-      body(self, [lax.axis_index(name) for name in ("batch", "tile")], *refs)
+      body(self, lax.axis_index("tile"), *refs)
 
     return self._gpu.kernel(
-        run, out_type=out, grid=grid, grid_names=("batch", "tile"),
+        run, out_type=out, grid=(programs,), grid_names=("tile",),
         scratch_types=[self._gpu.SMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=self._gpu.CompilerParams(
             lowering_semantics=self._gpu.LoweringSemantics.Lane,
@@ -340,43 +340,13 @@ class _Interpreter:
   def barrier(self):
     pass
 
-  def launch(self, body, grid, out, scratch):
+  def launch(self, body, programs, out, scratch):
     def run(*refs):
-      body(self, [pl.program_id(axis) for axis in range(2)], *refs)
+      body(self, pl.program_id(0), *refs)
 
     return pl.pallas_call(
-        run, out_shape=out, grid=grid, interpret=True,
+        run, out_shape=out, grid=(programs,), interpret=True,
         scratch_shapes=[pl.MemorySpace.ANY(shape, jnp.float32) for shape in scratch])
 
 
 BACKENDS = {"mosaic": _Mosaic, "interpret": _Interpreter}
-
-
-def _launch(body, tiles, out, scratch, backend):
-  """A function of arrays that runs `body(on, tile, *refs)` for every tile.
-
-  Under vmap the batch becomes an axis of the launch.
-  """
-  on = BACKENDS[backend]()
-
-  def one(on, at, *refs):
-    shared = len(refs) - len(scratch)
-    body(on, at[1], *(ref.at[at[0]] for ref in refs[:shared]), *refs[shared:])
-
-  @jax.custom_batching.custom_vmap
-  def batched(*arrays):
-    size = len(arrays[0])
-    shapes = tuple(jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in out)
-    return on.launch(one, (size, tiles), shapes, scratch)(*arrays)
-
-  @batched.def_vmap
-  def fold(size, mapped, *arrays):
-    arrays = [x if over else jnp.broadcast_to(x[None], (size, *x.shape))
-              for x, over in zip(arrays, mapped, strict=True)]
-    shown = batched(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-    return tuple(x.reshape(size, -1, *x.shape[1:]) for x in shown), (True,) * len(out)
-
-  def launch(*arrays):
-    return tuple(x[0] for x in batched(*(x[None] for x in arrays)))
-
-  return launch

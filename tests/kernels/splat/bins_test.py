@@ -10,7 +10,7 @@ import pytest
 from kernels.splat import bins, project
 from kernels.splat.cases import CASES, scene
 
-TILES = bins.grid(50, 44, 8)
+TILES = bins.grid(50, 44, (8, 8))
 CAPACITY = 8192
 
 
@@ -65,7 +65,7 @@ def test_every_tile_lists_what_it_shows_nearest_first():
 
 
 def test_lists_are_shorter_than_rectangles_and_overflow_is_counted():
-  demanded = int(bins.demand(seen().rect, 8).sum())
+  demanded = int(bins.demand(seen().rect, (8, 8)).sum())
   assert int(build(CAPACITY).starts[-1]) < 0.95 * demanded
   assert build(demanded).overflow == 0
   assert build(1000).overflow == demanded - 1000
@@ -75,12 +75,29 @@ def test_lists_are_shorter_than_rectangles_and_overflow_is_counted():
 @pytest.mark.parametrize("capacity", (CAPACITY, 1000))
 def test_sums_by_splat_are_sums(capacity):
   pairs = build(capacity)
-  rows = jnp.where((pairs.splats < len(pairs.runs))[:, None],
-                   jax.random.normal(jax.random.key(0), (capacity, 3)), 0)
-  expected = np.zeros((len(pairs.runs) + 1, 3))
-  np.add.at(expected, np.asarray(pairs.splats), np.asarray(rows))
-  for total in (bins.sum_by_scatter, bins.sum_by_runs, bins.sum_by_splat):
-    np.testing.assert_allclose(total(rows, pairs), expected[:-1], atol=1e-5)
+  used = int(pairs.starts[-1])
+  # Rows lie anywhere, and those that belong to no pair hold what may not be looked at.
+  index = jax.random.permutation(jax.random.key(0), 2 * capacity)[:capacity]
+  rows = jnp.full((2 * capacity, 3), jnp.nan).at[index[:used]].set(
+      jax.random.normal(jax.random.key(1), (used, 3)))
+  expected = np.zeros((len(pairs.runs), 3))
+  np.add.at(expected, np.asarray(pairs.splats[:used]), np.asarray(rows[index[:used]]))
+  longest = TILES.columns * TILES.rows
+  for total in (bins.sum_by_scatter(rows, index, pairs),
+                bins.sum_by_runs(rows, index, pairs, longest),
+                bins.sum_by_splat(rows, index, pairs, TILES)):
+    np.testing.assert_allclose(total, expected, atol=1e-5)
+
+
+def test_the_longest_runs_are_summed():
+  lengths = np.array([0, 1, 16, 17, 0, 300, 5000, 33, 0])
+  ends = jnp.asarray(lengths.cumsum(), jnp.int32)
+  rows = jax.random.normal(jax.random.key(0), (int(ends[-1]), 2))
+  index = jax.random.permutation(jax.random.key(1), len(rows))
+  got = bins._sum_runs(rows, index, ends - lengths, ends, 5000)
+  expected = np.zeros((len(lengths), 2))
+  np.add.at(expected, np.repeat(np.arange(len(lengths)), lengths), np.asarray(rows[index]))
+  np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
 def test_runs_are_scanned_apart():
@@ -90,7 +107,10 @@ def test_runs_are_scanned_apart():
   np.testing.assert_allclose(bins.scan_runs(jnp.multiply, x, first, 3), [1, 2, 6, 4, 5, 30])
 
 
-def test_too_many_tiles_and_splats_are_refused():
-  many = jax.eval_shape(lambda s: jax.tree.map(lambda x: jnp.repeat(x, 70_000, 1), s), seen())
-  with pytest.raises(ValueError, match="fewer cameras"):
-    jax.eval_shape(lambda s: bins.build(s, bins.grid(4096, 4096, 8), 16), many)
+@pytest.mark.parametrize("tiles,capacity", [(300, 1000), (70_000, 2**17)])
+def test_pairs_are_sorted_by_tile_and_keep_their_order(tiles, capacity):
+  tile = jax.random.randint(jax.random.key(0), (capacity,), 0, tiles + 1)
+  got, slots = bins._sort(tile, tiles)
+  order = np.argsort(np.asarray(tile), kind="stable")
+  np.testing.assert_array_equal(slots, order)
+  np.testing.assert_array_equal(got, np.asarray(tile)[order])

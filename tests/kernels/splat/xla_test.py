@@ -27,7 +27,7 @@ def pile(n=160):
   return seen, jnp.asarray(rng.normal(size=(n, 2)), jnp.float32)
 
 
-@pytest.mark.parametrize("config", [Config(8, 4, 2), Config(16, 16, 3), Config(4, 64, 1)])
+@pytest.mark.parametrize("config", [Config((8, 8), 4, 2), Config((16, 8), 16, 3), Config((4, 4), 64, 1)])
 def test_blocks_and_groups_do_not_show(config):
   seen, values = pile()
   tiles = bins.grid(20, 12, config.tile)
@@ -39,9 +39,9 @@ def test_blocks_and_groups_do_not_show(config):
     pairs = bins.build(jax.tree.map(lambda x: x[None], splats), tiles, 4000)
     shown = xla.composite(jnp.concatenate([xy, conic, opacity[:, None]], 1), values, pairs,
                           ATTACHED, tiles, config)
-    side = config.tile
-    shown = shown.reshape(tiles.rows, tiles.columns, 3, side, side).transpose(2, 0, 3, 1, 4)
-    shown = shown.reshape(3, tiles.rows * side, -1)[:, :12, :20]
+    width, height = config.tile
+    shown = shown.reshape(tiles.rows, tiles.columns, 3, height, width).transpose(2, 0, 3, 1, 4)
+    shown = shown.reshape(3, tiles.rows * height, -1)[:, :12, :20]
     return jnp.sum(shown * weights), (shown, pairs.overflow)
 
   def plain(xy, conic, opacity, values):
