@@ -1,5 +1,5 @@
-"""Differentiable Gaussian splatting: `rasterize` and what it returns."""
+"""Differentiable Gaussian splatting: `rasterize`, what it returns and what it draws with."""
 
-from kernels.splat.api import Rasterized, rasterize
+from kernels.splat.api import Rasterized, choose, rasterize
 
-__all__ = ["Rasterized", "rasterize"]
+__all__ = ["Rasterized", "choose", "rasterize"]

@@ -17,6 +17,7 @@ from kernels.splat import pallas, project, reference, tuning, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 EXTENTS = ("exact", "official")
+FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
 
 
 class Rasterized(NamedTuple):
@@ -76,7 +77,10 @@ def rasterize(
       opacity; True for all.
     extent: "exact": every pixel where alpha reaches 1/255; "official": a square of 3 sigma
       rounded out to 16 px tiles, as the official rasteriser cuts splats.
-    implementation: None (what suits the device) | "reference" | "xla" | "pallas".
+    implementation: "reference": every pixel looks at every splat; slow, for tests, and the only
+      one that reckons in float64. "xla": plain JAX by tiles, on any device. "pallas": kernels
+      for NVIDIA GPUs, Hopper and later; elsewhere they are interpreted, for tests. None: what
+      `choose` says, "pallas" on a GPU where it compiles and "xla" elsewhere.
     capacity: how many pairs of splat and tile are held. If None they are counted first where
       the values are known; under `jit` a generous guess is made. What does not fit is not
       drawn and counted in `overflow`: double the capacity then and run again.
@@ -120,7 +124,7 @@ def rasterize(
   platform = jax.default_backend()
   attached = _attached(features.shape[1], detached)
   if implementation is None:
-    implementation = _choose(platform)
+    implementation, _ = _choose(platform)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
   config = tuning.pick(platform, implementation)
@@ -212,16 +216,22 @@ def _attached(width, detached):
   return (True,) * 4 + tuple(i not in detached for i in range(width))
 
 
+def choose() -> tuple[str, str]:
+  """The implementation that draws where `rasterize` is given none, and why, in a few words."""
+  return _choose(jax.default_backend())
+
+
 @functools.cache
 def _choose(platform):
-  """The implementation that suits a platform, if it works there; says so once if not."""
-  chosen = tuning.DEFAULT.get(platform, "xla")
-  problem = _trial(platform) if chosen == "pallas" else None
+  """The implementation that suits a platform, if it works there, and why; warns once if not."""
+  if tuning.DEFAULT.get(platform, "xla") != "pallas":
+    return "xla", f"the default on {platform}"
+  problem = _trial(platform)
   if problem is None:
-    return chosen
+    return "pallas", f"compiled and chosen on {platform}"
   warnings.warn("kernels.splat: the Pallas kernels do not compile here, so plain XLA draws "
                 f"instead ({problem})", RuntimeWarning, stacklevel=3)
-  return "xla"
+  return "xla", f"the Pallas kernels do not compile here: {problem}"
 
 
 def _trial(platform):
@@ -257,12 +267,18 @@ def _demand(splats, viewmats, Ks, probe, *, tile, width, height, sh_degree, exte
 
 
 def _capacity(splats, viewmats, Ks, probe, config, settings):
-  """Pairs to make room for: counted if the values are known, else guessed."""
+  """Pairs to make room for: counted if the values are known, else guessed.
+
+  The guess is `config.pairs` a splat, but beyond `FREE` pairs a camera only two a splat: scenes
+  of many splats have small ones. No splat touches more tiles than there are.
+  """
   values = jax.tree.map(jax.lax.stop_gradient, (splats, viewmats, Ks, probe))
   try:
     needed = int(_demand(*values, tile=config.tile, **settings))
   except jax.errors.ConcretizationTypeError:
-    needed = config.pairs * splats[0].shape[0] * viewmats.shape[0]
+    n, cameras = splats[0].shape[0], viewmats.shape[0]
+    tiles = binning.grid(settings["width"], settings["height"], config.tile)
+    needed = cameras * min(config.pairs * n, 2 * n + FREE, tiles.columns * tiles.rows * n)
   # A few sizes only, so that growing scenes compile anew but seldom.
   step = 2 ** max(10, math.ceil(math.log2(max(needed, 1))) - 2)
   return -(-needed // step) * step or step

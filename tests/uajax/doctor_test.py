@@ -57,6 +57,14 @@ def test_a_wrong_picture_is_a_failure(monkeypatch):
   assert finding.status == "fail" and "[0.4" in finding.text
 
 
+def test_kernels_that_do_not_compile_are_a_warning(monkeypatch):
+  from kernels import splat
+
+  monkeypatch.setattr(splat, "choose", lambda: ("xla", "the Pallas kernels do not compile here: X"))
+  (finding,) = doctor._rasteriser()
+  assert finding.status == "warn" and "compile here: X" in finding.text and finding.remedy
+
+
 def test_versions_are_compared_as_numbers():
   for text, numbers in (("0.11.2.dev3", (0, 11, 2)), ("1.2rc1", (1, 2)), ("x", ())):
     assert doctor._numbers(text) == numbers

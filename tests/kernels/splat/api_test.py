@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.splat import api, rasterize, tuning
+from kernels.splat import api, choose, rasterize, tuning
 from kernels.splat.cases import CASES, scene
 
 CAPACITY = 8192  # enough for all small cases; one size for all compiles once
@@ -328,6 +328,33 @@ def test_wrong_use_is_said_at_once(change):
     rasterize(**tiny(**change))
 
 
+def test_the_guess_of_room_grows_slowly_with_large_scenes():
+  guessed = []
+
+  def pairs(n, size):
+    """A splat and camera."""
+    shapes = [(n, 3), (n, 4), (n, 3), (n,), (n, 3), (n, 0), (2, 4, 4), (2, 3, 3)]
+    settings = dict(width=size, height=size, sh_degree=None, extent="exact")
+
+    def guess(*splats, viewmats, Ks):
+      guessed.append(api._capacity(splats, viewmats, Ks, None, tuning.pick("cpu", "xla"), settings))
+
+    *splats, viewmats, Ks = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    jax.eval_shape(guess, *splats, viewmats=viewmats, Ks=Ks)
+    return guessed[-1] / (2 * n)
+
+  assert 32 <= pairs(1000, 512) < 40
+  assert 4 <= pairs(2_000_000, 512) < 5.2
+  assert 1 <= pairs(2_000_000, 8) < 1.3  # a single tile
+
+
+def test_says_what_draws_and_why():
+  assert choose() == ("xla", "the default on cpu")
+  inputs = tiny()
+  np.testing.assert_array_equal(rasterize(**inputs).color,
+                                rasterize(**inputs, implementation="xla").color)
+
+
 def test_falls_back_to_plain_xla_with_one_warning(monkeypatch):
   # Here the kernels for NVIDIA cards cannot compile, as on a card too old for them.
   monkeypatch.setitem(tuning.DEFAULT, "cpu", "pallas")
@@ -337,8 +364,10 @@ def test_falls_back_to_plain_xla_with_one_warning(monkeypatch):
     with pytest.warns(RuntimeWarning, match="plain XLA draws instead") as caught:
       first = jax.jit(lambda: rasterize(**tiny()))()
       second = rasterize(**tiny())
+      implementation, reason = choose()
   finally:
     api._choose.cache_clear()
   assert len(caught) == 1
+  assert implementation == "xla" and "Pallas kernels do not compile here: " in reason
   chex.assert_trees_all_close(first, second)
   chex.assert_trees_all_close(second, rasterize(**tiny(implementation="xla")))
