@@ -64,15 +64,15 @@ def composite(
 
 def _forward(shapes, values, bins, attached, tiles, config):
   del attached
-  blocks, groups = _cut(bins, config)
-  padded = _pad(shapes), _pad(_with_one(values))
+  blocks, groups = cut(bins, config)
+  padded = pad(shapes), pad(with_one(values))
   m, s = values.shape[1] + 1, tiles.width * tiles.height
-  corner = _corners(tiles, len(bins.starts))
+  corner = corners(tiles, len(bins.starts))
 
   def step(state):
     i, light, shown, carry = state
     here = _take(blocks, i, config.group)
-    shape, value = _gather(padded, bins, here, config.block)
+    shape, value = fetch(padded, bins, here, config.block)
     x0, y0 = (z[here.tile] for z in corner)
     alpha = _alpha(shape, x0, y0, tiles)
     clear = lax.fori_loop(0, config.block, lambda k, light: light * (1 - alpha[:, k]),
@@ -100,10 +100,10 @@ def _forward(shapes, values, bins, attached, tiles, config):
 
 def _backward(attached, tiles, config, residuals, d_total):
   shapes, values, bins, light, shown, total = residuals
-  blocks, groups = _cut(bins, config)
-  padded = _pad(shapes), _pad(_with_one(values))
+  blocks, groups = cut(bins, config)
+  padded = pad(shapes), pad(with_one(values))
   m, s = values.shape[1] + 1, tiles.width * tiles.height
-  corner = _corners(tiles, len(bins.starts))
+  corner = corners(tiles, len(bins.starts))
   mask = jnp.array((*attached, True), values.dtype)
   d_total = jnp.concatenate([d_total, jnp.zeros((1, m, s), d_total.dtype)])
   d_shown = d_total[blocks.tile]
@@ -113,12 +113,12 @@ def _backward(attached, tiles, config, residuals, d_total):
   whole = jnp.einsum("tms,tms,m->ts", d_total[:-1], total, mask)
   whole = jnp.concatenate([whole, jnp.zeros((1, s), whole.dtype)])[blocks.tile]
   behind = whole - before + weighed
-  basis = _moments(tiles, values.dtype)
+  basis = moments(tiles, values.dtype)
 
   def step(state):
     i, d_rows = state
     here = _take(blocks, i, config.group)
-    shape, value = _gather(padded, bins, here, config.block)
+    shape, value = fetch(padded, bins, here, config.block)
     x0, y0 = (z[here.tile] for z in corner)
     enter, behind_here, d_here = (
         lax.dynamic_slice_in_dim(z, i * config.group, config.group) for z in
@@ -142,7 +142,7 @@ def _backward(attached, tiles, config, residuals, d_total):
     *_, share, d_power = lax.fori_loop(0, config.block, unblend, start)
     d_value = jnp.einsum("gks,gms->gkm", share, d_here, precision="highest")
     sums = jnp.einsum("gks,sq->gkq", d_power, basis, precision="highest")
-    rows = jnp.concatenate([_d_shape(shape, sums, x0, y0, tiles), d_value], -1)
+    rows = jnp.concatenate([d_shape(shape, sums, x0, y0, tiles), d_value], -1)
     return i + 1, lax.dynamic_update_slice(d_rows, rows, (i * config.group, 0, 0))
 
   d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype)
@@ -157,7 +157,7 @@ def _backward(attached, tiles, config, residuals, d_total):
 composite.defvjp(_forward, _backward)
 
 
-def _cut(bins: Bins, config: Config):
+def cut(bins: Bins, config: Config):
   """Blocks of the pairs, and how many groups of them are in use."""
   t = len(bins.starts) - 1
   per_tile = -(-jnp.diff(bins.starts) // config.block)
@@ -181,7 +181,7 @@ def _take(blocks: Blocks, i, group) -> Blocks:
   return Blocks(tile, begin, end, first, blocks.starts)
 
 
-def _gather(padded, bins, here, block):
+def fetch(padded, bins, here, block):
   """Shapes [g k 6] and values [g k m] of the blocks' splats; zeros where a block is short."""
   shapes, values = padded
   pair = here.begin[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]
@@ -237,7 +237,7 @@ def _sum_by_tile(shown, blocks):
   return lax.platform_dependent(shown, cpu=scatter, default=gather)
 
 
-def _d_shape(shape, sums, x0, y0, tiles):
+def d_shape(shape, sums, x0, y0, tiles):
   """Cotangents [g k 6] of the shapes from moments of the power's cotangent.
 
   The moments [g k 6] (1, x, y, xx, xy, yy) are about the tile's centre.
@@ -254,7 +254,7 @@ def _d_shape(shape, sums, x0, y0, tiles):
                    -1)
 
 
-def _moments(tiles, dtype):
+def moments(tiles, dtype):
   """1, x, y, xx, xy, yy [s 6] of a tile's pixel centres about its centre."""
   x, y = _offsets(tiles, dtype)
   x, y = x - tiles.width / 2, y - tiles.height / 2
@@ -267,18 +267,18 @@ def _offsets(tiles, dtype):
   return (index % tiles.width).astype(dtype) + 0.5, (index // tiles.width).astype(dtype) + 0.5
 
 
-def _corners(tiles: Grid, rows: int):
+def corners(tiles: Grid, rows: int):
   """x and y [rows] of the upper left corner of every tile."""
   index = jnp.arange(rows, dtype=jnp.int32) % (tiles.columns * tiles.rows)
   x, y = index % tiles.columns, index // tiles.columns
   return (x * tiles.width).astype(jnp.float32), (y * tiles.height).astype(jnp.float32)
 
 
-def _with_one(values):
+def with_one(values):
   """Values with a channel that makes alpha."""
   return jnp.concatenate([values, jnp.ones((len(values), 1), values.dtype)], 1)
 
 
-def _pad(rows):
+def pad(rows):
   """A last row of zeros: the splat that shows nothing."""
   return jnp.concatenate([rows, jnp.zeros((1, rows.shape[1]), rows.dtype)])
