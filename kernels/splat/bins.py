@@ -17,9 +17,6 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from kernels.splat.project import ALPHA_MIN, Projected
 
-FAN = 16  # rows that `sum_by_runs` adds up at once
-
-
 class Grid(NamedTuple):
   """The tiles of one camera's image."""
 
@@ -129,34 +126,35 @@ def sum_by_runs(rows, index, bins, longest):
   place = jnp.arange(len(index), dtype=jnp.int32)
   index = jnp.where(place < bins.starts[-1], index, len(rows))
   index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
-  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest)
+  fan = 8 if len(index) <= 4 * len(bins.runs) else 16  # 32 would not fuse any more
+  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan)
   return lax.optimization_barrier(sums)  # or all that reads the sums would add up anew
 
 
-def _sum_runs(rows, index, begins, ends, longest):
+def _sum_runs(rows, index, begins, ends, longest, fan):
   """Sums of rows[index[begins:ends]] for each run; rows beyond the last are zero.
 
   The first few rows of each run are added at once. The rest of the long runs is cut into
   pieces as short, and the pieces of one run make a run in turn.
   """
   def add(begins, ends):
-    at = begins[:, None] + jnp.arange(FAN, dtype=jnp.int32)[None, :]
+    at = begins[:, None] + jnp.arange(fan, dtype=jnp.int32)[None, :]
     here = jnp.where(at < ends[:, None], index.at[at].get(mode="clip"), len(rows))
     return jnp.sum(rows.at[here].get(mode="fill", fill_value=0), 1)
 
   total = add(begins, ends)
-  if longest <= FAN:
+  if longest <= fan:
     return total
-  pieces = jnp.maximum(-(-(ends - begins) // FAN) - 1, 0)
+  pieces = jnp.maximum(-(-(ends - begins) // fan) - 1, 0)
   last = jnp.cumsum(pieces, dtype=jnp.int32)
   first = last - pieces
-  size = max(len(index) // FAN, 1)
+  size = max(len(index) // fan, 1)
   piece = jnp.arange(size, dtype=jnp.int32)
   run = _owner(last, size)
-  begin = begins[run] + FAN * (piece - first[run] + 1)
+  begin = begins[run] + fan * (piece - first[run] + 1)
   sums = add(begin, jnp.where(piece < last[-1], ends[run], begin))
   leads = (piece == first[run]) & (piece < last[-1])
-  sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // FAN)
+  sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // fan, fan)
   return total.at[jnp.where(leads, run, len(total) + piece)].add(
       sums, mode="drop", unique_indices=True)
 
@@ -212,9 +210,16 @@ def _owner(ends: Int[Array, " m"], size: int) -> Int[Array, " size"]:
   return lax.platform_dependent(ends, cpu=repeat, default=search)
 
 
-def _search(ordered, x, side):
-  """`searchsorted` as one kernel; a loop would wait for the host at every step."""
-  return jnp.searchsorted(ordered, x, side=side, method="scan_unrolled").astype(jnp.int32)
+def _search(ordered: Int[Array, " m"], x: Int[Array, "..."], side: str) -> Int[Array, "..."]:
+  """`searchsorted` of integers as few kernels; a loop would wait for the host at every step."""
+  steps = len(ordered).bit_length()
+  rest = jnp.full(2**steps - len(ordered), jnp.iinfo(ordered.dtype).max, ordered.dtype)
+  ordered = jnp.concatenate([ordered, rest])
+  at = jnp.zeros_like(x)  # all before it lie left of x
+  for step in (2**i for i in reversed(range(steps))):
+    value = ordered.at[at + (step - 1)].get(mode="promise_in_bounds")
+    at = jnp.where(value <= x if side == "right" else value < x, at + step, at)
+  return at
 
 
 def _touch(seen, splat, column, row, tiles):

@@ -59,9 +59,9 @@ def _forward(shapes, values, bins, attached, tiles, config):
   pairs = _pack(shapes, values, bins)
   width = pairs.shape[1]
   out = (jax.ShapeDtypeStruct((t, m + 1, PIXELS), jnp.float32),)
-  body = functools.partial(_forward_body, tiles=tiles, m=m, width=width)
-  shown, = BACKENDS[config.backend]().launch(body, t, out, ((AHEAD * width,),))(
-      pairs.reshape(-1), bins.starts)
+  body = functools.partial(_forward_body, tiles=tiles, m=m)
+  shown, = BACKENDS[config.backend]().launch(body, t, out, ((AHEAD, width),))(
+      pairs, bins.starts)
   return shown, (shapes, values, bins, pairs, shown)
 
 
@@ -74,12 +74,10 @@ def _backward(attached, tiles, config, residuals, d_shown):
   firsts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(chunks, dtype=jnp.int32)])
   rows = len(bins.splats) // BACK + t
   out = (jax.ShapeDtypeStruct((rows * BACK, -(-(SHAPE + m) // 8) * 8), jnp.float32),)
-  body = functools.partial(_backward_body, tiles=tiles, attached=attached, width=width)
-  scratch = ((BACK * width,), (BACK, PITCH), (BACK, PITCH), (m, PIXELS))
-  splats = _padded(bins, len(shapes))
-  centres = jnp.stack([shapes[:, i].at[splats].get(mode="clip") for i in range(2)])
+  body = functools.partial(_backward_body, tiles=tiles, attached=attached)
+  scratch = ((BACK, width), (BACK, PITCH), (BACK, PITCH), (m, PIXELS))
   rows, = BACKENDS[config.backend]().launch(body, t, out, scratch)(
-      pairs.reshape(-1), centres, bins.starts, firsts, shown, d_shown)
+      pairs, bins.starts, firsts, shown, d_shown)
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)
   index = (firsts * BACK - bins.starts)[bins.tiles] + place
   sums = sum_by_splat(rows, index, bins, tiles)
@@ -98,12 +96,8 @@ def _pack(shapes, values, bins):
   odd = jnp.zeros((len(values), (SHAPE + values.shape[1]) % 2))
   # Made once a splat, not once a pair.
   table = lax.optimization_barrier(jnp.concatenate([table, values, odd], 1))
-  return table.at[_padded(bins, len(table))].get(mode="fill", fill_value=0)
-
-
-def _padded(bins, empty):
-  """The splats of all pairs, and of what is read ahead."""
-  return jnp.concatenate([bins.splats, jnp.full(2 * AHEAD, empty, jnp.int32)])
+  ahead = jnp.full(2 * AHEAD, len(table), jnp.int32)
+  return table.at[jnp.concatenate([bins.splats, ahead])].get(mode="fill", fill_value=0)
 
 
 def _d_shape(shapes, sums):
@@ -115,16 +109,15 @@ def _d_shape(shapes, sums):
                     one / jnp.where(opacity > 0, opacity, 1)], 1)
 
 
-def _forward_body(on, tile, pairs, starts, shown_out, chunk, *, tiles, m, width):
+def _forward_body(on, tile, pairs, starts, shown_out, chunk, *, tiles, m):
   x, y = _pixels(on, tile, tiles)
   end = starts[tile + 1]
 
   def blend(at, carry):
     light, *shown = carry
-    base = at * width
-    alpha = _alpha(chunk, base, x, y)
+    alpha = _alpha(chunk, at, x, y)
     light, share = _share(alpha, light)
-    shown = [c + chunk[base + SHAPE + i] * share for i, c in enumerate(shown[:-1])] + [
+    shown = [c + chunk[at, SHAPE + i] * share for i, c in enumerate(shown[:-1])] + [
         shown[-1] + share]
     return light, *shown
 
@@ -132,13 +125,13 @@ def _forward_body(on, tile, pairs, starts, shown_out, chunk, *, tiles, m, width)
     return _each(jnp.minimum(AHEAD, end - at), blend, carry)
 
   start = (1 + 0 * x,) + (0 * x,) * (m + 1)
-  _, (_, *shown) = _walk(on, starts[tile], end, pairs, chunk, width, AHEAD, run, start)
+  _, (_, *shown) = _walk(on, starts[tile], end, pairs, chunk, AHEAD, run, start)
   for i, channel in enumerate(shown):
     shown_out[tile, i] = channel
 
 
-def _backward_body(on, tile, pairs, centres, starts, firsts, shown, d_shown, rows_out,
-                   chunk, slopes, shares, g_pixels, *, tiles, attached, width):
+def _backward_body(on, tile, pairs, starts, firsts, shown, d_shown, rows_out,
+                   chunk, slopes, shares, g_pixels, *, tiles, attached):
   x, y = _pixels(on, tile, tiles)
   begin, end = starts[tile], starts[tile + 1]
   m = len(attached)
@@ -150,10 +143,9 @@ def _backward_body(on, tile, pairs, centres, starts, firsts, shown, d_shown, row
 
   def unblend(at, carry):
     light, behind = carry
-    base = at * width
-    alpha = _alpha(chunk, base, x, y)
+    alpha = _alpha(chunk, at, x, y)
     light, share = _share(alpha, light)
-    weight = sum((g[i] * chunk[base + SHAPE + i] for i in seen), g[m])
+    weight = sum((g[i] * chunk[at, SHAPE + i] for i in seen), g[m])
     behind = behind - weight * share
     # share / light is alpha / (1 - alpha); a reciprocal square root is one instruction. Alpha
     # does not follow the shape where it is capped, nor in a finished pixel.
@@ -171,21 +163,20 @@ def _backward_body(on, tile, pairs, centres, starts, firsts, shown, d_shown, row
     carry = _each(here, unblend, carry)
     on.barrier()
     row = _moments(on, slopes, shares, g_pixels, m)
-    # The moments were about the tile's centre.
-    px, py = (middle - on.load(centres.at[i, pl.ds(at, BACK)], on.rows)
+    # The moments were about the tile's middle.
+    px, py = (middle - on.load(chunk.at[:, i], on.rows)
               for i, middle in enumerate(_middle(tile, tiles)))
     one, mx, my, mxx, mxy, myy = row[:SHAPE]
     row[:SHAPE] = (one, px * one + mx, py * one + my, px * px * one + 2 * px * mx + mxx,
                    px * py * one + px * my + py * mx + mxy, py * py * one + 2 * py * my + myy)
-    across = rows_out.shape[1]
-    field = on.iota((BACK, across), 1, on.matrix)
-    together = jnp.zeros((BACK, across), jnp.float32)
+    field = on.iota((BACK, rows_out.shape[1]), 1, on.matrix)
+    together = jnp.zeros(field.shape, jnp.float32)
     for i, numbers in enumerate(row):
       together = jnp.where(field == i, lax.broadcast_in_dim(numbers, field.shape, (0,)), together)
     rows_out[rows_of(at)] = together
     return carry
 
-  reached, _ = _walk(on, begin, end, pairs, chunk, width, BACK, run,
+  reached, _ = _walk(on, begin, end, pairs, chunk, BACK, run,
                      (1 + 0 * x, behind))
 
   def clear(at):
@@ -221,11 +212,11 @@ def _moments(on, slopes, shares, g_pixels, m):
   return sums
 
 
-def _walk(on, begin, end, pairs, chunk, width, size, run, carry):
+def _walk(on, begin, end, pairs, chunk, size, run, carry):
   """Runs `run(at, carry)` for each chunk of pairs, as long as light (the first of `carry`) is
   left anywhere; returns how far it came."""
   def fetch(at):
-    return pairs[pl.ds(at * width, size * width)]
+    return pairs[pl.ds(at, size)]
 
   def go_on(state):
     at, lit, *_ = state
@@ -256,9 +247,9 @@ def _each(count, step, carry, together=4):
   return lax.fori_loop(whole * together, count, step, carry)
 
 
-def _alpha(chunk, base, x, y):
+def _alpha(chunk, at, x, y):
   """A splat's alpha at each pixel of the tile."""
-  u, v, a, b, c, opacity = (chunk[base + i] for i in range(SHAPE))
+  u, v, a, b, c, opacity = (chunk[at, i] for i in range(SHAPE))
   dx, dy = x - u, y - v
   power = (a * dx + b * dy) * dx + c * dy * dy
   raw = opacity * jnp.exp2(power)

@@ -19,6 +19,7 @@ NEAR = 0.2  # splats nearer than this along z are not drawn
 BLUR = 0.3  # px^2 added to the projected covariance
 ALPHA_MIN = 1 / 255  # a splat's share of a pixel below which it is skipped
 OFFICIAL_TILE = 16  # px; the official extent is rounded out to this grid
+SHORT = 1e-24  # squared length below which a vector has no direction: its derivative overflows
 LIMIT = 1e4  # world units of a mean or scale; beyond, the determinant may overflow float32
 
 
@@ -138,7 +139,7 @@ def support(u, v, xx, yy, det, opacity, *, width: int, height: int, extent: str)
 
 
 def rotation(quats: Float[Array, "n 4"]) -> Float[Array, "n 3 3"]:
-  """Rotation matrices of quaternions wxyz of any length; zero turns nothing."""
+  """Rotation matrices of quaternions wxyz of any length; below 1e-12 they turn nothing."""
   return jnp.stack([jnp.stack(row, 1) for row in _rotation(quats)], 1)
 
 
@@ -146,7 +147,7 @@ def _rotation(quats):
   """Rows of `rotation`, as lists of components [n]."""
   w, x, y, z = _columns(quats)
   squared = w * w + x * x + y * y + z * z
-  scale = jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
+  scale = jax.lax.rsqrt(jnp.where(squared > SHORT, squared, 1))
   w, x, y, z = (q * scale for q in (w, x, y, z))
   return [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
           [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -164,8 +165,9 @@ def shade(
   # The centre of the camera is minus the transposed rotation times the shift.
   away = [p + _dot(rotate[:, i], shift) for i, p in enumerate(_columns(means))]
   squared = _dot(away, away)
-  scale = jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
-  basis = harmonics(*(x * scale for x in away), degree)
+  scale = jax.lax.rsqrt(jnp.where(squared > SHORT, squared, 1))
+  x, y, z = (a * scale for a in away)
+  basis = harmonics(x, y, z, degree)
   shown = jnp.sum(basis[:, :, None] * colors[:, :basis.shape[1]], 1)
   return jnp.maximum(shown + 0.5, 0)
 

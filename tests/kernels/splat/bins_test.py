@@ -89,12 +89,13 @@ def test_sums_by_splat_are_sums(capacity):
     np.testing.assert_allclose(total, expected, atol=1e-5)
 
 
-def test_the_longest_runs_are_summed():
+@pytest.mark.parametrize("fan", (8, 32))
+def test_the_longest_runs_are_summed(fan):
   lengths = np.array([0, 1, 16, 17, 0, 300, 5000, 33, 0])
   ends = jnp.asarray(lengths.cumsum(), jnp.int32)
   rows = jax.random.normal(jax.random.key(0), (int(ends[-1]), 2))
   index = jax.random.permutation(jax.random.key(1), len(rows))
-  got = bins._sum_runs(rows, index, ends - lengths, ends, 5000)
+  got = bins._sum_runs(rows, index, ends - lengths, ends, 5000, fan)
   expected = np.zeros((len(lengths), 2))
   np.add.at(expected, np.repeat(np.arange(len(lengths)), lengths), np.asarray(rows[index]))
   np.testing.assert_allclose(got, expected, atol=1e-3)
@@ -105,6 +106,16 @@ def test_runs_are_scanned_apart():
   x = jnp.arange(1.0, 7)
   np.testing.assert_allclose(bins.scan_runs(jnp.add, x, first, 3), [1, 3, 6, 4, 5, 11])
   np.testing.assert_allclose(bins.scan_runs(jnp.multiply, x, first, 3), [1, 2, 6, 4, 5, 30])
+
+
+@pytest.mark.parametrize("size", (1, 2, 7, 8, 1000))
+def test_searches_as_numpy_does(size):
+  rng = np.random.default_rng(size)
+  ordered = np.sort(rng.integers(0, size // 2 + 2, size)).astype(np.int32)
+  x = np.arange(-1, size // 2 + 3, dtype=np.int32)
+  for side in ("left", "right"):
+    np.testing.assert_array_equal(bins._search(jnp.asarray(ordered), jnp.asarray(x), side),
+                                  np.searchsorted(ordered, x, side))
 
 
 @pytest.mark.parametrize("tiles,capacity", [(300, 1000), (70_000, 2**17)])

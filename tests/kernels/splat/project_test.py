@@ -70,6 +70,16 @@ def test_rotations_are_rotations(quat):
   np.testing.assert_allclose(np.linalg.det(turn), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", (0, 1e-42, 1e-30, 1e-20, 1e-13, 1e-11, 1e13))
+def test_vectors_of_any_length_have_a_finite_derivative(length):
+  turn = jax.jit(jax.jacobian(project.rotation))(length * jnp.array([[0.6, 0.0, 0.8, 0.0]]))
+  colors = jnp.ones((1, 9, 3))
+  shade = jax.jit(jax.jacobian(lambda p: project.shade(p, colors, jnp.eye(4), 2)))(
+      length * jnp.array([[0.0, 0.6, 0.8]]))
+  assert jnp.isfinite(turn).all() and jnp.isfinite(shade).all()
+  assert bool(jnp.any(turn != 0)) == bool(jnp.any(shade != 0)) == (length > 1e-12)
+
+
 def test_harmonics_are_orthonormal():
   # Gauss-Legendre by equal angles integrates products of degree 3 exactly.
   z, weight = np.polynomial.legendre.leggauss(8)
