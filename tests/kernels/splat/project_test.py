@@ -77,7 +77,6 @@ def test_vectors_of_any_length_have_a_finite_derivative(length):
   shade = jax.jit(jax.jacobian(lambda p: project.shade(p, colors, jnp.eye(4), 2)))(
       length * jnp.array([[0.0, 0.6, 0.8]]))
   assert jnp.isfinite(turn).all() and jnp.isfinite(shade).all()
-  assert bool(jnp.any(turn != 0)) == bool(jnp.any(shade != 0)) == (length > 1e-12)
 
 
 def test_harmonics_are_orthonormal():
