@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.splat import bins as binning
-from kernels.splat import pallas, project, reference, tuning, xla
+from kernels.splat import pallas, pallas_tpu, project, reference, tuning, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 EXTENTS = ("exact", "official")
+# The kernels behind implementation="pallas", by backend.
+KERNELS = {"mosaic": pallas, "interpret": pallas, "tpu": pallas_tpu, "tpu interpret": pallas_tpu}
 FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
 
 
@@ -154,8 +156,11 @@ def rasterize(
     "width", "height", "sh_degree", "extent", "attached", "implementation", "config", "capacity"))
 def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_degree, extent,
                attached, implementation, config, capacity):
-  seen, values, dropped = _see(splats, viewmats, Ks, probe, width=width, height=height,
-                               sh_degree=sh_degree, extent=extent)
+  # Keeping all that the projection went through takes a quarter of the memory of a large scene;
+  # projecting anew going backward, a tenth of the time.
+  see = jax.checkpoint(functools.partial(_see, width=width, height=height, sh_degree=sh_degree,
+                                         extent=extent))
+  seen, values, dropped = see(splats, viewmats, Ks, probe)
   cameras, n = seen.depth.shape
   if implementation == "reference":
     draw = functools.partial(reference.composite, attached=attached, width=width, height=height)
@@ -164,7 +169,7 @@ def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_de
     tiles = binning.grid(width, height, config.tile)
     pairs = binning.build(seen, tiles, capacity)
     shapes = jnp.concatenate([seen.xy, seen.conic, seen.opacity[..., None]], -1)
-    composite = {"xla": xla, "pallas": pallas}[implementation].composite
+    composite = (xla if implementation == "xla" else KERNELS[config.backend]).composite
     shown = composite(shapes.reshape(cameras * n, 6), values.reshape(cameras * n, -1), pairs,
                       attached, tiles, config)
     shown, overflow = _assemble(shown, tiles, cameras)[:, :, :height, :width], pairs.overflow
@@ -239,8 +244,10 @@ def _trial(platform):
   config, attached = tuning.pick(platform, "pallas"), (True, True, False)
   tiles = binning.Grid(*config.tile, 2, 2)
 
+  composite = KERNELS[config.backend].composite
+
   def draw(shapes, values, pairs):
-    shown, vjp = jax.vjp(lambda s, v: pallas.composite(s, v, pairs, attached, tiles, config),
+    shown, vjp = jax.vjp(lambda s, v: composite(s, v, pairs, attached, tiles, config),
                          shapes, values)
     return vjp(shown)
 
