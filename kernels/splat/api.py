@@ -19,6 +19,7 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas")
 EXTENTS = ("exact", "official")
 # The kernels behind implementation="pallas", by backend.
 KERNELS = {"mosaic": pallas, "interpret": pallas, "tpu": pallas_tpu, "tpu interpret": pallas_tpu}
+ROOM = 2**30  # pairs that int32 can number in every implementation
 FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
 
 
@@ -145,8 +146,8 @@ def rasterize(
   settings = dict(width=width, height=height, sh_degree=sh_degree, extent=extent)
   if capacity is None and implementation != "reference":
     capacity = _capacity(splats, viewmats, Ks, probe, config, settings)
-  elif capacity is not None and capacity < 1:
-    raise ValueError(f"{capacity=} is not positive")
+  elif capacity is not None and not 1 <= capacity <= ROOM:
+    raise ValueError(f"{capacity=} is not in 1..{ROOM}")
   out = _rasterize(splats, viewmats, Ks, backgrounds, probe, **settings, attached=attached,
                    implementation=implementation, config=config, capacity=capacity)
   return out if n else out._replace(radii=out.radii[:, :0])
@@ -243,7 +244,6 @@ def _trial(platform):
   """Compiles the Pallas kernels, small; returns what went wrong or None."""
   config, attached = tuning.pick(platform, "pallas"), (True, True, False)
   tiles = binning.Grid(*config.tile, 2, 2)
-
   composite = KERNELS[config.backend].composite
 
   def draw(shapes, values, pairs):
@@ -270,7 +270,9 @@ def _trial(platform):
 def _demand(splats, viewmats, Ks, probe, *, tile, width, height, sh_degree, extent):
   seen, _, _ = _see(splats, viewmats, Ks, probe, width=width, height=height, sh_degree=sh_degree,
                     extent=extent)
-  return jnp.sum(binning.demand(seen.rect, tile), dtype=jnp.uint32)
+  tiles = binning.grid(width, height, tile)
+  counts = binning.demand(seen.rect, tile).reshape(-1)
+  return binning.running(counts, tiles.columns * tiles.rows)[-1]
 
 
 def _capacity(splats, viewmats, Ks, probe, config, settings):
@@ -286,6 +288,7 @@ def _capacity(splats, viewmats, Ks, probe, config, settings):
     n, cameras = splats[0].shape[0], viewmats.shape[0]
     tiles = binning.grid(settings["width"], settings["height"], config.tile)
     needed = cameras * min(config.pairs * n, 2 * n + FREE, tiles.columns * tiles.rows * n)
+  needed = min(needed, ROOM)
   # A few sizes only, so that growing scenes compile anew but seldom.
   step = 2 ** max(10, math.ceil(math.log2(max(needed, 1))) - 2)
   return -(-needed // step) * step or step

@@ -13,10 +13,12 @@ class Config:
 
   Attributes:
     tile: width and height of a tile in px; both divide 16, the grid of the official extent
-      rule. `pallas` takes (16, 8) only: a pixel a thread.
-    block: splats of one tile that `xla` handles together.
-    group: blocks that `xla` handles at once; bounds its working memory.
-    backend: of `pallas`: "mosaic" (NVIDIA, Hopper and later) or "interpret" (any, slow).
+      rule. On GPUs `pallas` takes (16, 8) only: a pixel a thread.
+    block: splats of one tile that `xla`, and `pallas` on TPUs, handle together.
+    group: blocks that `xla` handles at once; bounds its working memory. Their number is
+      rounded up to a multiple of it.
+    backend: of `pallas`: "mosaic" (NVIDIA, Hopper and later), "tpu", or for tests on any
+      device, slowly, "interpret" and "tpu interpret".
     pairs: tiles a splat touches, guessed generously where nobody says and none can be counted.
   """
 
@@ -33,7 +35,9 @@ TUNED = {
     ("cpu", "pallas"): Config(backend="interpret"),
     ("gpu", "xla"): Config(tile=(16, 16), block=32, group=2048),
     ("gpu", "pallas"): Config(backend="mosaic"),
+    ("tpu", "pallas"): Config(tile=(16, 16), block=128, group=1, backend="tpu"),
 }
+# The kernels for TPUs have been lowered and interpreted but never run, hence none for "tpu".
 DEFAULT = {"gpu": "pallas"}  # elsewhere "xla"
 
 
