@@ -32,7 +32,7 @@ class Bins(NamedTuple):
   splats: Int[Array, " p"]  # 0..r-1, and r in empty places
   tiles: Int[Array, " p"]  # 0..t-1, and t in empty places
   starts: Int[Array, " t+1"]  # tile i owns the places starts[i]:starts[i + 1]
-  overflow: Int[Array, ""]  # pairs that found no slot
+  overflow: Int[Array, ""]  # pairs that found no slot; at most 2**31 - 1
   # The same pairs once more, ordered by splat, for sums over a splat's pairs.
   slots: Int[Array, " p"]  # the slot that the pair in this place came from
   runs: Int[Array, "r 2"]  # begin and end of each splat's slots
@@ -47,6 +47,16 @@ def demand(rect: Int[Array, "... 4"], tile: tuple[int, int]) -> UInt32[Array, ".
   """How many tiles each pixel rectangle touches."""
   x0, x1, y0, y1 = jnp.moveaxis(_tiles(rect, tile), -1, 0)
   return ((x1 - x0) * (y1 - y0)).astype(jnp.uint32)
+
+
+def running(counts: UInt32[Array, " r"], most: int) -> UInt32[Array, " r"]:
+  """Running sums of counts up to `most`; all from 2**32 on are 2**32 - 1."""
+  ends = jnp.cumsum(counts, dtype=jnp.uint32)
+  if most * len(counts) < 2**32:
+    return ends
+  index = jnp.arange(len(counts), dtype=jnp.int32)
+  wrapped = jnp.min(jnp.where(ends < counts, index, len(counts)))
+  return jnp.where(index < wrapped, ends, jnp.uint32(2**32 - 1))
 
 
 def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
@@ -69,7 +79,7 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   order = (order + n * jnp.arange(cameras, dtype=jnp.int32)[:, None]).reshape(-1)
   rect = _tiles(seen.rect, size).reshape(-1, 4)[order]
   counts = demand(seen.rect, size).reshape(-1)[order]
-  ends = jnp.cumsum(counts, dtype=jnp.uint32)
+  ends = running(counts, per_camera)
   total = ends[-1]
   ends = jnp.minimum(ends, capacity).astype(jnp.int32)
   begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
@@ -86,8 +96,9 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   starts = _search(tile, jnp.arange(t + 1, dtype=jnp.int32), "left")
   runs = jnp.zeros((cameras * n, 2), jnp.int32).at[order].set(
       jnp.stack([begins, ends], 1), unique_indices=True)
-  return Bins(jnp.where(slot < starts[-1], splat[slots], cameras * n), tile,
-              starts, (total - ends[-1].astype(jnp.uint32)).astype(jnp.int32), slots, runs)
+  overflow = jnp.minimum(total - ends[-1].astype(jnp.uint32), 2**31 - 1).astype(jnp.int32)
+  return Bins(jnp.where(slot < starts[-1], splat[slots], cameras * n), tile, starts, overflow,
+              slots, runs)
 
 
 def sum_by_splat(rows: Float[Array, "q k"], index: Int[Array, " p"], bins: Bins,

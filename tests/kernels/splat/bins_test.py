@@ -72,6 +72,22 @@ def test_lists_are_shorter_than_rectangles_and_overflow_is_counted():
   assert build(1000).starts[-1] <= 1000
 
 
+def test_more_pairs_than_32_bits_count_are_cut_off():
+  tiles, n = bins.grid(3840, 2160, (8, 8)), 100_000  # everything everywhere: 1.3e10 pairs
+  rect = jnp.broadcast_to(jnp.array([0, 3840, 0, 2160])[None, None], (1, n, 4))
+  depth = jax.random.permutation(jax.random.key(0), n)[None].astype(jnp.float32)
+  wide = jnp.broadcast_to(jnp.array([1e-9, 0, 1e-9])[None, None], (1, n, 3))
+  everywhere = project.Projected(jnp.zeros((1, n, 2)), depth, wide, jnp.ones((1, n)), rect,
+                                 jnp.ones((1, n), jnp.int32))
+  pairs = jax.jit(bins.build, static_argnums=(1, 2))(everywhere, tiles, 2**18)
+  assert pairs.overflow == 2**31 - 1 and pairs.starts[-1] == 2**18
+  nearest = np.argsort(np.asarray(depth[0]))[:3]
+  assert [listed.tolist() for listed in lists(pairs)[:2]] == [nearest.tolist()] * 2
+  counts = jnp.full(5, 2**31 - 5, jnp.uint32)
+  np.testing.assert_array_equal(bins.running(counts, 2**31), np.uint32(
+      [2**31 - 5, 2**32 - 10, *[2**32 - 1] * 3]))
+
+
 @pytest.mark.parametrize("capacity", (CAPACITY, 1000))
 def test_sums_by_splat_are_sums(capacity):
   pairs = build(capacity)

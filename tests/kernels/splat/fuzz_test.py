@@ -283,10 +283,11 @@ def compare(setting, seed):
     worst = max(worst, (float(np.linalg.norm(gap) / bound), name))
     if name in OWN and want.any():
       # Nor may one splat's huge gradient hide what is wrong with the others. A needle's own is
-      # the difference of large numbers, hence the wider bound.
+      # the difference of large numbers, hence the wider bound; where alpha nears 0.99, rounding
+      # of what the pixel shows comes back times 100.
       assert not gap[broken].any() and not want[broken].any()
       length = np.linalg.norm(want, axis=1)
-      bound = 1e-2 * (length + np.median(length[length > 0])) + 1e-5
+      bound = 1e-2 * (length + np.median(length[length > 0])) + 1e-5 * np.linalg.norm(length)
       row = max(row, float((np.linalg.norm(gap, axis=1) / bound).max()))
   return Gaps(value, doubtful_value, worst[0], row, float(doubt.mean()), worst[1])
 
