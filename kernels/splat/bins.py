@@ -8,6 +8,7 @@ Axes: c cameras, n splats of each, r = c * n splats of all cameras, t tiles of a
 p pairs (the capacity).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from kernels.splat.project import ALPHA_MIN, Projected
+
 
 class Grid(NamedTuple):
   """The tiles of one camera's image."""
@@ -168,6 +170,12 @@ def _sum_runs(rows, index, begins, ends, longest, fan):
   sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // fan, fan)
   return total.at[jnp.where(leads, run, len(total) + piece)].add(
       sums, mode="drop", unique_indices=True)
+
+
+def zero(*arrays: Array) -> Array:
+  """Nought that varies over devices as the arrays do: in `shard_map`, loops must start so."""
+  firsts = (x.reshape(-1)[0] for x in arrays)
+  return functools.reduce(jnp.add, (jnp.where(x == 0, 0, 0) for x in firsts))
 
 
 def scan_runs(combine, x: Array, first: Int[Array, " m"], longest: Int[Array, ""]) -> Array:

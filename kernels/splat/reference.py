@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels.splat.bins import zero
 from kernels.splat.project import ALPHA_MIN, Projected
 
 ALPHA_MAX = 0.99  # no splat hides all that lies behind it
@@ -50,8 +51,9 @@ def composite(
     share = jnp.where(attached_channel, share, lax.stop_gradient(share))
     return (shown + value[:, None, None] * share, jnp.where(open_, left, light), open_), None
 
-  start = (jnp.zeros((values.shape[1], height, width), values.dtype),
-           jnp.ones((height, width), values.dtype), jnp.ones((height, width), bool))
+  nought = zero(values, seen.depth)
+  light = jnp.ones((height, width), values.dtype) + nought
+  start = jnp.zeros((values.shape[1], height, width), values.dtype) + nought, light, light > 0
   splats = (seen.xy, seen.conic, seen.opacity, seen.rect, values)
   # Recomputing each splat going backward keeps n images out of memory.
   return lax.scan(jax.checkpoint(blend), start, jax.tree.map(lambda z: z[order], splats))[0][0]

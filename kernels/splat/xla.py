@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels.splat.bins import Bins, Grid, scan_runs, sum_by_splat
+from kernels.splat.bins import Bins, Grid, scan_runs, sum_by_splat, zero
 from kernels.splat.project import ALPHA_MIN
 from kernels.splat.reference import ALPHA_MAX, OPAQUE
 from kernels.splat.tuning import Config
@@ -67,7 +67,7 @@ def _forward(shapes, values, bins, attached, tiles, config):
   blocks, groups = cut(bins, config)
   padded = pad(shapes), pad(with_one(values))
   m, s = values.shape[1] + 1, tiles.width * tiles.height
-  corner = corners(tiles, len(bins.starts))
+  corner, nought = corners(tiles, len(bins.starts)), zero(shapes, values, bins.starts)
 
   def step(state):
     i, light, shown, carry = state
@@ -76,7 +76,7 @@ def _forward(shapes, values, bins, attached, tiles, config):
     x0, y0 = (z[here.tile] for z in corner)
     alpha = _alpha(shape, x0, y0, tiles)
     clear = lax.fori_loop(0, config.block, lambda k, light: light * (1 - alpha[:, k]),
-                          jnp.ones((config.group, s), values.dtype))
+                          jnp.ones((config.group, s), values.dtype) + nought)
     enter, carry = _enter(clear, here, i * config.group, carry)
 
     def blend(k, state):
@@ -84,15 +84,17 @@ def _forward(shapes, values, bins, attached, tiles, config):
       raw, now = _share(alpha[:, k], raw)
       return raw, lax.dynamic_update_index_in_dim(share, now, k, 1)
 
-    _, share = lax.fori_loop(0, config.block, blend, (enter, jnp.zeros_like(alpha)))
+    share = jnp.zeros_like(alpha) + nought
+    _, share = lax.fori_loop(0, config.block, blend, (enter, share))
     total = jnp.einsum("gks,gkm->gms", share, value, precision="highest")
     light = lax.dynamic_update_slice(light, enter, (i * config.group, 0))
     shown = lax.dynamic_update_slice(shown, total, (i * config.group, 0, 0))
     return i + 1, light, shown, carry
 
   size = len(blocks.tile)
-  state = (jnp.int32(0), jnp.zeros((size, s), values.dtype), jnp.zeros((size, m, s), values.dtype),
+  start = (jnp.zeros((size, s), values.dtype), jnp.zeros((size, m, s), values.dtype),
            jnp.ones(s, values.dtype))
+  state = (jnp.int32(0), *(x + nought for x in start))
   _, light, shown, _ = lax.while_loop(lambda state: state[0] < groups, step, state)
   total = _sum_by_tile(shown, blocks)
   return total, (shapes, values, bins, light, shown, total)
@@ -113,7 +115,7 @@ def _backward(attached, tiles, config, residuals, d_total):
   whole = jnp.einsum("tms,tms,m->ts", d_total[:-1], total, mask)
   whole = jnp.concatenate([whole, jnp.zeros((1, s), whole.dtype)])[blocks.tile]
   behind = whole - before + weighed
-  basis = moments(tiles, values.dtype)
+  basis, nought = moments(tiles, values.dtype), zero(shapes, values, bins.starts, d_total)
 
   def step(state):
     i, d_rows = state
@@ -138,14 +140,14 @@ def _backward(attached, tiles, config, residuals, d_total):
       return (raw, behind, lax.dynamic_update_index_in_dim(share, now, k, 1),
               lax.dynamic_update_index_in_dim(d_power, slope, k, 1))
 
-    start = enter, behind_here, jnp.zeros_like(alpha), jnp.zeros_like(alpha)
+    start = enter, behind_here, *(jnp.zeros_like(alpha) + nought for _ in range(2))
     *_, share, d_power = lax.fori_loop(0, config.block, unblend, start)
     d_value = jnp.einsum("gks,gms->gkm", share, d_here, precision="highest")
     sums = jnp.einsum("gks,sq->gkq", d_power, basis, precision="highest")
     rows = jnp.concatenate([d_shape(shape, sums, x0, y0, tiles), d_value], -1)
     return i + 1, lax.dynamic_update_slice(d_rows, rows, (i * config.group, 0, 0))
 
-  d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype)
+  d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype) + nought
   _, d_rows = lax.while_loop(lambda state: state[0] < groups, step, (jnp.int32(0), d_rows))
   # From slots of blocks to pairs.
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)

@@ -8,6 +8,7 @@ what rounding of a needle's shape may do.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import chex
@@ -277,8 +278,9 @@ def compare(setting, seed):
     doubtful_value = max(doubtful_value, float(gap[doubt].max(initial=0)) / 0.05)
   worst, row = (0.0, ""), 0.0
   for name, want in expected.items():
-    gap = (grads[name] - want.astype(np.float64)).reshape(len(want), -1)
-    want = want.astype(np.float64).reshape(len(want), -1)
+    flat = len(want), math.prod(want.shape[1:])
+    gap = (grads[name] - want.astype(np.float64)).reshape(flat)
+    want = want.astype(np.float64).reshape(flat)
     bound = 1e-3 * np.linalg.norm(want) + 1e-5
     worst = max(worst, (float(np.linalg.norm(gap) / bound), name))
     if name in OWN and want.any():
