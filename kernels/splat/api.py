@@ -82,8 +82,9 @@ def rasterize(
       rounded out to 16 px tiles, as the official rasteriser cuts splats.
     implementation: "reference": every pixel looks at every splat; slow, for tests, and the only
       one that reckons in float64. "xla": plain JAX by tiles, on any device. "pallas": kernels
-      for NVIDIA GPUs, Hopper and later; elsewhere they are interpreted, for tests. None: what
-      `choose` says, "pallas" on a GPU where it compiles and "xla" elsewhere.
+      for NVIDIA GPUs, Hopper and later, and for TPUs; on a CPU they are interpreted. None: what
+      `choose` says, "pallas" on a GPU where it compiles and "xla" elsewhere, and wherever there
+      are more than 60 feature channels.
     capacity: how many pairs of splat and tile are held. If None they are counted first where
       the values are known; under `jit` a generous guess is made. What does not fit is not
       drawn and counted in `overflow`: double the capacity then and run again.
@@ -128,6 +129,8 @@ def rasterize(
   attached = _attached(features.shape[1], detached)
   if implementation is None:
     implementation, _ = _choose(platform)
+    if implementation == "pallas" and 4 + features.shape[1] > pallas.MOST:
+      implementation = "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
   config = tuning.pick(platform, implementation)

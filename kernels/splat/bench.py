@@ -82,7 +82,8 @@ def measure(case: Case, implementation: str | None, repeat: int) -> dict[str, fl
   forward = jax.jit(loss).lower(learnt).compile()
   backward = jax.jit(jax.grad(loss)).lower(learnt).compile()
   use = backward.memory_analysis()
-  peak = use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+  peak = (use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
+          if use else float("nan"))
   return dict(forward_ms=_median(lambda: forward(learnt), jax.block_until_ready, repeat),
               backward_ms=_median(lambda: backward(learnt), jax.block_until_ready, repeat),
               peak_mb=peak / 1e6)

@@ -35,6 +35,7 @@ AHEAD = 128  # pairs fetched at once going forward
 BACK = 64  # and backward: as many rows as the matrices of gradients have
 PITCH = PIXELS + 8  # of those rows in shared memory: neighbours lie in different banks
 SHAPE = 6  # numbers: mean x, y, conic xx, xy, yy, opacity
+MOST = 64  # channels that registers and shared memory hold
 LOG2_E = math.log2(math.e)
 
 
@@ -56,6 +57,9 @@ def _forward(shapes, values, bins, attached, tiles, config):
   if (tiles.width, tiles.height) != TILE:
     raise ValueError(f"tiles of {tiles.width}x{tiles.height} px where {TILE} are needed")
   t, m = len(bins.starts) - 1, values.shape[1]
+  if m > MOST:
+    raise ValueError(f"{m} channels (colour, depth and features) where the Pallas kernels hold at "
+                     f"most {MOST}: draw fewer at a time, or take implementation='xla'")
   pairs = _pack(shapes, values, bins)
   width = pairs.shape[1]
   out = (jax.ShapeDtypeStruct((t, m + 1, PIXELS), jnp.float32),)
@@ -192,17 +196,14 @@ def _moments(on, slopes, shares, g_pixels, m):
   wide, high = TILE
   lines = [pl.ds(wide * j, wide) for j in range(high)]
   x = on.iota((BACK, wide), 1, on.matrix).astype(jnp.float32) - (wide - 1) / 2
-  plain = by_y = by_yy = None
+  plain = by_y = by_yy = jnp.zeros((BACK, wide), jnp.float32)
   for j, line in enumerate(lines):
     slope, y = on.load(slopes.at[:, line], on.matrix), j - (high - 1) / 2
-    if j == 0:
-      plain, by_y, by_yy = slope, y * slope, y * y * slope
-    else:
-      plain, by_y, by_yy = plain + slope, by_y + y * slope, by_yy + y * y * slope
+    plain, by_y, by_yy = plain + slope, by_y + y * slope, by_yy + y * y * slope
   sums = [jnp.sum(z, 1) for z in (plain, plain * x, by_y, plain * x * x, by_y * x, by_yy)]
   for group in range(0, m, 8):  # what the registers hold
     channels = range(group, min(group + 8, m))
-    totals = [0.0] * len(channels)
+    totals = [jnp.zeros((BACK, wide), jnp.float32)] * len(channels)
     for line in lines:
       share = on.load(shares.at[:, line], on.matrix)
       totals = [total + share * lax.broadcast_in_dim(

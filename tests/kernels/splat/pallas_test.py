@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.splat import rasterize, tuning
+from kernels.splat import api, rasterize, tuning
 from kernels.splat.cases import CASES, scene
 
 HAS_GPU = any(d.platform == "gpu" for d in jax.devices())
@@ -35,6 +35,15 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, gradient):
 def test_plain_xla_lowers_for_devices(platform):
   loss, args = picture(scene(CASES["sharp"]), "xla")
   jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args).lower(lowering_platforms=(platform,))
+
+
+def test_what_is_too_wide_for_registers_is_drawn_by_plain_xla(monkeypatch):
+  inputs = scene(CASES["sharp"]) | dict(features=np.ones((150, 61), np.float32), capacity=8192)
+  with pytest.raises(ValueError, match="65 channels.*at most 64"):
+    rasterize(**inputs, implementation="pallas")
+  monkeypatch.setattr(api, "_choose", lambda platform: ("pallas", "for the test"))
+  shown = rasterize(**inputs)
+  np.testing.assert_array_equal(shown.features, rasterize(**inputs, implementation="xla").features)
 
 
 @pytest.mark.device

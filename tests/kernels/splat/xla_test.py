@@ -27,7 +27,8 @@ def pile(n=160):
   return seen, jnp.asarray(rng.normal(size=(n, 2)), jnp.float32)
 
 
-@pytest.mark.parametrize("config", [Config((8, 8), 4, 2), Config((16, 8), 16, 3), Config((4, 4), 64, 1)])
+@pytest.mark.parametrize("config", [
+    Config((8, 8), 4, 2), Config((16, 8), 16, 3), Config((4, 4), 64, 1)])
 def test_blocks_and_groups_do_not_show(config):
   seen, values = pile()
   tiles = bins.grid(20, 12, config.tile)
