@@ -5,8 +5,8 @@ tiles they belong to, is handled at once: what light reaches each block is a sca
 over the blocks before it in its tile. So a tile with thousands of splats costs no more than as
 many tiles with few, and working memory is bounded by the group, not by the scene.
 
-Both passes go front to back: what lies behind a splat is all that the pixel shows less what
-the splats up to it have shown.
+Going backward, the light is followed from the front and what lies behind each splat is summed
+from the back, so that gradients in deep shade are as exact as those in the open.
 
 What a CPU likes shaped the code: exponentials of a whole group in one sweep, sums over splats
 and over pixels as products of matrices, and between them one loop over a block's splats that
@@ -109,12 +109,14 @@ def _backward(attached, tiles, config, residuals, d_total):
   mask = jnp.array((*attached, True), values.dtype)
   d_total = jnp.concatenate([d_total, jnp.zeros((1, m, s), d_total.dtype)])
   d_shown = d_total[blocks.tile]
-  # What each pixel shows, weighed by the cotangent, from this block on.
+  # What each pixel shows behind this block, weighed by the cotangent: summed from the back, not
+  # what it shows less what lies before, of which rounding would leave nothing in deep shade.
   weighed = jnp.einsum("bms,bms,m->bs", d_shown, shown, mask)
-  before = scan_runs(jnp.add, weighed, blocks.first, jnp.max(jnp.diff(blocks.starts)))
-  whole = jnp.einsum("tms,tms,m->ts", d_total[:-1], total, mask)
-  whole = jnp.concatenate([whole, jnp.zeros((1, s), whole.dtype)])[blocks.tile]
-  behind = whole - before + weighed
+  index = jnp.arange(len(blocks.tile), dtype=jnp.int32)
+  last = jnp.where(index < blocks.starts[-1], blocks.starts[blocks.tile + 1] - 1, index)
+  behind = scan_runs(jnp.add, weighed[::-1], (len(index) - 1 - last)[::-1],
+                     jnp.max(jnp.diff(blocks.starts)))[::-1]
+  behind = jnp.where((index < last)[:, None], jnp.roll(behind, -1, 0), 0)
   basis, nought = moments(tiles, values.dtype), zero(shapes, values, bins.starts, d_total)
 
   def step(state):
@@ -129,19 +131,24 @@ def _backward(attached, tiles, config, residuals, d_total):
     alpha = _alpha(shape, x0, y0, tiles)
     weight = jnp.einsum("gkm,gms->gks", value * mask[None, None], d_here, precision="highest")
 
-    def unblend(k, state):
-      raw, behind, share, d_power = state
+    def blend(k, state):
+      raw, share = state
       raw, now = _share(alpha[:, k], raw)
+      return raw, lax.dynamic_update_index_in_dim(share, now, k, 1)
+
+    def unblend(i, state):
+      k = config.block - 1 - i
+      behind, d_power = state
+      now = share[:, k]
       lit = weight[:, k] * now
-      behind = behind - lit
       # Alpha does not follow the shape where it is capped, nor in a finished pixel.
       slope = jnp.where((now > 0) & (alpha[:, k] < ALPHA_MAX),
                         lit - behind * alpha[:, k] / (1 - alpha[:, k]), 0)
-      return (raw, behind, lax.dynamic_update_index_in_dim(share, now, k, 1),
-              lax.dynamic_update_index_in_dim(d_power, slope, k, 1))
+      return behind + lit, lax.dynamic_update_index_in_dim(d_power, slope, k, 1)
 
-    start = enter, behind_here, *(jnp.zeros_like(alpha) + nought for _ in range(2))
-    *_, share, d_power = lax.fori_loop(0, config.block, unblend, start)
+    start = jnp.zeros_like(alpha) + nought
+    _, share = lax.fori_loop(0, config.block, blend, (enter, start))
+    _, d_power = lax.fori_loop(0, config.block, unblend, (behind_here, start))
     d_value = jnp.einsum("gks,gms->gkm", share, d_here, precision="highest")
     sums = jnp.einsum("gks,sq->gkq", d_power, basis, precision="highest")
     rows = jnp.concatenate([d_shape(shape, sums, x0, y0, tiles), d_value], -1)

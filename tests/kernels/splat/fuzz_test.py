@@ -52,7 +52,7 @@ SETTINGS = (
 @functools.partial(jax.jit, static_argnames=("setting", "implementation"))
 def draw(learnt, backgrounds, weights, setting, implementation):
   """Gradients of the weighed images, and the images."""
-  config = tuning.pick("cpu", "xla")
+  config = tuning.pick("cpu", implementation)
   tiles = bins.grid(setting.width, setting.height, config.tile)
   room = max(setting.cameras * setting.splats * tiles.columns * tiles.rows, 1)
 
@@ -164,7 +164,9 @@ def see(learnt, setting):
 
 
 def doubtful(learnt, broken, setting):
-  """Pixels [c h w] that rounding decides; how far it moves the others [c h w], in shares."""
+  """Pixels [c h w] that rounding decides, those where it decides on a splat's whole share, and
+  how far it moves all others, in shares.
+  """
   learnt = learnt | {k: np.where(broken.reshape((-1,) + (1,) * (learnt[k].ndim - 1)),
                                  np.float32(0), learnt[k]) for k in OWN}
   rough = see(learnt, setting)
@@ -181,7 +183,7 @@ def _doubtful(rough, fine, setting):
   y = np.arange(setting.height)[:, None] + 0.5
   shape = setting.height, setting.width
   light, moved, drift = np.ones(shape), np.zeros(shape), np.zeros(shape)
-  open_, doubt = np.ones(shape, bool), np.zeros(shape, bool)
+  open_, doubt, hole = np.ones(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
   previous = None
   for i in np.argsort(fine.depth, kind="stable"):
     if max(fine.opacity[i], rough.opacity[i]) < 0.99 / 255:
@@ -203,21 +205,24 @@ def _doubtful(rough, fine, setting):
     sure, maybe = _inside(rough, fine, i, x, y, setting.extent)
     near = np.abs(log - np.log(project.ALPHA_MIN)) < error  # to be skipped
     near |= np.abs(log - np.log(0.99)) < error  # to be capped
-    near |= (power > -error + ROUNDING) & (error > 10 * ROUNDING)  # to be beyond its own centre
+    # Where the exponent of a needle comes out positive it is skipped, as by the official one.
+    whole = (power > -error + ROUNDING) & (error > 10 * ROUNDING)
     drawn = maybe & (log >= np.log(project.ALPHA_MIN) - error)
-    near |= maybe & ~sure | ((fine.opacity[i] > 0) != (rough.opacity[i] > 0))
+    near |= maybe & ~sure
+    whole |= (fine.opacity[i] > 0) != (rough.opacity[i] > 0)
     alpha = np.where(drawn, np.minimum(np.exp(np.minimum(log, 0)), 0.99), 0)
     left = light * (1 - alpha)
     drift += np.where(drawn, alpha / (1 - alpha) * error + ROUNDING, 0)
     near |= np.abs(np.log(left / 1e-4)) < drift  # to finish the pixel
     if previous is not None and 0 < fine.depth[i] - previous[0] < 4 * ROUNDING * fine.depth[i]:
-      near |= previous[1]  # to be drawn in the other order
+      whole |= previous[1]  # to be drawn in the other order
     previous = fine.depth[i], drawn
-    doubt |= open_ & drawn & near
+    doubt |= open_ & drawn & (near | whole)
+    hole |= open_ & drawn & whole
     moved += np.where(open_, light * alpha * np.minimum(error, 1), 0)
     open_ &= left >= 1e-4
     light = np.where(open_, left, light)
-  return doubt, moved
+  return doubt, hole, moved
 
 
 def _inside(rough, fine, i, x, y, extent):
@@ -242,6 +247,14 @@ def _inside(rough, fine, i, x, y, extent):
   return sure, maybe
 
 
+def exact(*arguments):
+  """Gradients by the reference in float64."""
+  *arrays, setting = arguments
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+    return jax.tree.map(np.asarray, draw(*wide, setting, "reference")[0])
+
+
 class Gaps(NamedTuple):
   """How far the two implementations are from each other; 1 is the bound of each."""
 
@@ -253,15 +266,15 @@ class Gaps(NamedTuple):
   name: str  # of the worst gradient
 
 
-def compare(setting, seed):
+def compare(setting, seed, implementation="xla"):
   learnt, backgrounds, broken = make(setting, seed)
-  doubt, moved = doubtful(learnt, broken, setting)
+  doubt, hole, moved = doubtful(learnt, broken, setting)
   channels = dict(zip(SHOWN, (3, 1, 1, setting.features), strict=True))
   rng = np.random.default_rng(seed)
   weights = {name: np.where(doubt[..., None], 0, rng.normal(size=(*doubt.shape, m))).astype(
       np.float32) for name, m in channels.items()}
   (grads, out), (expected, shown) = jax.tree.map(np.asarray, [
-      draw(learnt, backgrounds, weights, setting, name) for name in ("xla", "reference")])
+      draw(learnt, backgrounds, weights, setting, name) for name in (implementation, "reference")])
   assert out.overflow == 0 and out.dropped == shown.dropped == broken.sum()
   chex.assert_tree_all_finite((grads, out, expected, shown))
   np.testing.assert_array_equal(out.radii == 0, shown.radii == 0)
@@ -275,27 +288,33 @@ def compare(setting, seed):
     gap = np.abs(x - y).max(-1) / unit
     value = max(value, float((gap / (1e-4 + moved))[~doubt].max(initial=0)))
     # One crossing: a splat of 1/255, or 1% of light that the last one lets through.
-    doubtful_value = max(doubtful_value, float(gap[doubt].max(initial=0)) / 0.05)
+    doubtful_value = max(doubtful_value, float(gap[doubt & ~hole].max(initial=0)) / 0.05)
   worst, row = (0.0, ""), 0.0
   for name, want in expected.items():
     flat = len(want), math.prod(want.shape[1:])
     gap = (grads[name] - want.astype(np.float64)).reshape(flat)
     want = want.astype(np.float64).reshape(flat)
     bound = 1e-3 * np.linalg.norm(want) + 1e-5
+    if np.linalg.norm(gap) > bound:
+      # A needle's gradient may be worse than that in either: then float64 is the judge.
+      truth = exact(learnt, backgrounds, weights, setting)[name].reshape(flat)
+      bound += 2 * np.linalg.norm(want - truth)
+      gap = want + gap - truth
     worst = max(worst, (float(np.linalg.norm(gap) / bound), name))
     if name in OWN and want.any():
       # Nor may one splat's huge gradient hide what is wrong with the others. A needle's own is
-      # the difference of large numbers, hence the wider bound; where alpha nears 0.99, rounding
-      # of what the pixel shows comes back times 100.
+      # the difference of large numbers, hence the wider bound.
       assert not gap[broken].any() and not want[broken].any()
       length = np.linalg.norm(want, axis=1)
-      bound = 1e-2 * (length + np.median(length[length > 0])) + 1e-5 * np.linalg.norm(length)
+      floor = 1e-5 * (1 + np.linalg.norm(length))
+      bound = 1e-2 * (length + np.median(length[length > 0])) + floor
       row = max(row, float((np.linalg.norm(gap, axis=1) / bound).max()))
   return Gaps(value, doubtful_value, worst[0], row, float(doubt.mean()), worst[1])
 
 
-def check(settings, seeds):
-  gaps = {(i, seed): compare(SETTINGS[i], seed) for seed in seeds for i in settings}
+def check(settings, seeds, implementation="xla"):
+  gaps = {(i, seed): compare(SETTINGS[i], seed, implementation)
+          for seed in seeds for i in settings}
   for field in Gaps._fields[:5]:
     where = max(gaps, key=lambda at: getattr(gaps[at], field))
     print(f"worst {field}: {gaps[where]} in setting, seed {where}")
@@ -313,3 +332,21 @@ def test_random_scenes_are_drawn_as_by_the_reference():
 @pytest.mark.parametrize("setting", range(len(SETTINGS)))
 def test_many_random_scenes_are_drawn_as_by_the_reference(setting):
   check((setting,), range(10, 73))
+
+
+@pytest.mark.slow
+def test_what_other_devices_run_draws_them_too(monkeypatch):
+  # Sorts, searches and sums have a branch for a CPU and one for all else.
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, default, **other: default(*x))
+  jax.clear_caches()
+  try:
+    check((1, 2, 3), range(20))
+  finally:
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", (0, 3, pytest.param(1, marks=pytest.mark.xfail(
+    reason="what lies behind a splat is a difference there: coarse gradients in deep shade"))))
+def test_interpreted_kernels_draw_them_too(setting):
+  check((setting,), range(10), "pallas")
