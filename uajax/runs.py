@@ -1,14 +1,17 @@
 """A run folder: what `train` writes and every other command reads.
 
     run.json        version, experiment, subject, when and by what it was made
-    checkpoints/N/  Orbax: the avatar, the optimiser's state, and where training stands
+    checkpoints/N/  Orbax: the avatar, the optimiser's state, and where training stands; sums.json
+                    holds the SHA-256 of every file
     extractors/     the speech networks the avatar was trained with
     metrics.jsonl   a line each logging point; events.* the same for TensorBoard
     pictures/       renders beside truth while training
 """
 
+import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -16,6 +19,7 @@ import pathlib
 import shutil
 import types as pytypes
 import typing
+from collections.abc import Iterator
 
 import flax.serialization
 import jax
@@ -29,6 +33,9 @@ from uajax.errors import UserError
 from uajax.types import Splats
 
 VERSION = 1
+SUMS = "sums.json"
+MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read
+_UNNAMED = "orbax-checkpoint-tmp*"  # how Orbax calls a checkpoint that it still writes
 _log = logging.getLogger("uajax")
 
 
@@ -39,6 +46,7 @@ class Progress(typing.NamedTuple):
   step: int  # within the stage
   total: int  # steps over all stages so far
   capacity: int | None = None  # of the rasteriser's pair list, once it had to be raised
+  rollbacks: int = 0  # within the stage; each draws other random numbers
 
 
 class Run:
@@ -54,46 +62,58 @@ class Run:
 
   def save(self, avatar: Avatar, training: typing.Any, progress: Progress) -> None:
     """Writes a checkpoint; the ones before it stay (as many as `experiment.keep`) if that fails."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its tracebacks are told in one line
-    args = ocp.args.Composite(
-      avatar=ocp.args.PyTreeSave(flax.serialization.to_state_dict(_arrays(avatar))),
-      training=ocp.args.PyTreeSave(flax.serialization.to_state_dict(training)),
-      progress=ocp.args.JsonSave(progress._asdict() | {"sh_degree": avatar.sh_degree}))
+    with self.saver(progress.total) as saver:
+      saver.save(avatar, training, progress)
+
+  @contextlib.contextmanager
+  def saver(self, newest: int = 0) -> Iterator["Saver"]:
+    """Yields a Saver, and waits at the end for what it still writes.
+
+    Args:
+      newest: the checkpoint that training goes on from, 0 for none. Later ones could not be read.
+
+    Raises:
+      UserError: a checkpoint could not be saved.
+    """
+    saver = Saver(self, newest)
     try:
-      with self._manager() as manager:
-        manager.save(progress.total, args=args, force=True)
-    except Exception as error:
-      for torn in self.checkpoints.glob("*.orbax-checkpoint-tmp"):
-        shutil.rmtree(torn, ignore_errors=True)
-      free = shutil.disk_usage(self.path).free
-      raise UserError(
-        f"checkpoint {progress.total} could not be saved to {self.checkpoints} "
-        f"({_first_line(error)}; {free / 2**20:.0f} MiB free): make room and run the same command "
-        "again, it resumes from the checkpoint before") from error
+      yield saver
+    except BaseException:
+      try:
+        saver.close()
+      except UserError as error:  # must not hide the failure that came first
+        _log.warning("%s", error)
+      raise
+    saver.close()
 
   def restore(self, training=None) -> tuple[Avatar, typing.Any, Progress] | None:
     """The newest readable checkpoint; None where there is none yet.
 
     Args:
       training: function of the restored avatar and progress that makes a template of the training
-        state; None leaves that part unread.
+        state; None, or a function that gives None, leaves that part unread.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not self.checkpoints.is_dir():
       return None
-    with self._manager(read_only=True) as manager:
-      steps = sorted(manager.all_steps(), reverse=True)
-      for step in steps:
-        try:
-          return self._restore(step, training)
-        except UserError:
-          raise
-        except Exception as error:
-          _log.warning("checkpoint %d of %s cannot be read (%s): trying the one before", step,
-                       self.path, _first_line(error))
-      if steps:
-        raise UserError(f"no checkpoint of {self.path} can be read: train into a new folder")
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return self.read(step, training)
+      except UserError:
+        raise
+      except Exception as error:
+        _log.warning("checkpoint %d of %s cannot be read (%s): trying the one before", step,
+                     self.path, _first_line(error))
+    if steps:
+      raise UserError(f"no checkpoint of {self.path} can be read: train into a new folder")
     return None
+
+  def steps(self) -> list[int]:
+    """The checkpoints that were written to their end, oldest first."""
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(self.checkpoints.resolve(), options=options) as manager:
+      return sorted(manager.all_steps())
 
   def avatar(self) -> Avatar:
     """The newest avatar. Raises UserError where none was saved yet."""
@@ -114,21 +134,17 @@ class Run:
     stage = stages[at.stage]
     return f"{stage.name} stage, step {at.step} of {stage.steps}"
 
-  def _manager(self, *, read_only: bool = False) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None if read_only else self.experiment.keep, read_only=read_only,
-      enable_async_checkpointing=False, create=not read_only)
-    return ocp.CheckpointManager(self.checkpoints.resolve(), options=options)
-
-  def _restore(self, step: int, training):
+  def read(self, step: int, training=None) -> tuple[Avatar, typing.Any, Progress]:
+    """One checkpoint, see `restore`; fails in any way if it is not what was saved."""
+    _check_sums(self.checkpoints / str(step))
     avatar_tree = self._read(step, "avatar")
     state = self._item(step, "progress", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
     sh_degree = state.pop("sh_degree")
     avatar = _avatar(avatar_tree, self.experiment, sh_degree)
     progress = Progress(**state)
-    if training is None:
+    template = training(avatar, progress) if training else None
+    if template is None:
       return avatar, None, progress
-    template = training(avatar, progress)
     tree = self._read(step, "training")
     restored = jax.tree.map(jax.numpy.asarray, flax.serialization.from_state_dict(template, tree))
     return avatar, restored, progress
@@ -144,6 +160,87 @@ class Run:
   def _item(self, step: int, item: str, handler, args):
     with ocp.Checkpointer(handler) as reader:
       return reader.restore(self.checkpoints.resolve() / str(step) / item, args=args)
+
+
+class Saver:
+  """Writes checkpoints of a run beside the training, one at a time. Use `Run.saver`."""
+
+  def __init__(self, run: Run, newest: int):
+    self._run = run
+    self._newest = newest
+    self._manager: ocp.CheckpointManager | None = None
+    self._writing: int | None = None
+
+  def save(self, avatar: Avatar, training: typing.Any, progress: Progress) -> None:
+    """Begins to write a checkpoint; the arrays may be overwritten as soon as this returns.
+
+    Raises:
+      UserError: this one, or the one before it, could not be saved.
+    """
+    self.wait()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its tracebacks are told in one line
+    args = ocp.args.Composite(
+      avatar=ocp.args.PyTreeSave(_snapshot(_arrays(avatar))),
+      training=ocp.args.PyTreeSave(_snapshot(training)),
+      progress=ocp.args.JsonSave(progress._asdict() | {"sh_degree": avatar.sh_degree}))
+    self._writing = progress.total
+    with self._explained():
+      self._open().save(progress.total, args=args, force=True)
+
+  def check(self) -> None:
+    """Raises UserError if the last checkpoint failed by now; does not wait for it."""
+    if self._manager is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the last checkpoint is whole; UserError if it could not be saved."""
+    if self._manager is None or self._writing is None:
+      return
+    with self._explained():
+      self._manager.wait_until_finished()
+    self._writing = None
+
+  def close(self) -> None:
+    try:
+      self.wait()
+    finally:
+      if self._manager is not None:
+        with contextlib.suppress(Exception):  # what failed in writing has been told
+          self._manager.close()
+        self._manager = None
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      run = self._run
+      for folder in run.checkpoints.glob("*"):  # unreadable ones would crowd out the good ones
+        if folder.name.isdigit() and int(folder.name) > self._newest:
+          shutil.rmtree(folder)
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=run.experiment.keep, enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal))
+      self._manager = ocp.CheckpointManager(run.checkpoints.resolve(), options=options)
+    return self._manager
+
+  def _seal(self) -> None:
+    """Adds the digests; Orbax calls this in its thread before the checkpoint gets its name."""
+    folder = self._run.checkpoints / str(self._writing)
+    for unnamed in self._run.checkpoints.glob(f"{self._writing}.{_UNNAMED}"):
+      folder = unnamed
+    (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1) + "\n")
+
+  @contextlib.contextmanager
+  def _explained(self):
+    try:
+      yield
+    except Exception as error:
+      step, self._writing = self._writing, None
+      for torn in self._run.checkpoints.glob(f"*.{_UNNAMED}"):
+        shutil.rmtree(torn, ignore_errors=True)
+      free = shutil.disk_usage(self._run.path).free
+      raise UserError(
+        f"checkpoint {step} could not be saved to {self._run.checkpoints} "
+        f"({_first_line(error)}; {free / 2**20:.0f} MiB free): make room and run the same command "
+        "again, it resumes from the checkpoint before") from error
 
 
 def create(path, subject, experiment: Experiment) -> Run:
@@ -281,6 +378,31 @@ def _avatar(tree: dict, experiment: Experiment, sh_degree: int) -> Avatar:
     layer = jax.tree.map(jax.numpy.asarray, tree[name])
     layers[name] = Layer(Splats(**layer["splats"]), layer["alive"], layer["motion"])
   return Avatar(**layers, config=experiment.model.motion, sh_degree=sh_degree)
+
+
+def _snapshot(tree):
+  """The tree in memory of its own: training overwrites its buffers while a copy is written."""
+  return jax.tree.map(np.array, jax.device_get(flax.serialization.to_state_dict(tree)))
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of every file that a checkpoint is read from."""
+  sums = {}
+  for path in sorted(folder.rglob("*")):
+    name = path.relative_to(folder).as_posix()
+    if path.is_file() and name not in (SUMS, *MARKS):
+      with path.open("rb") as file:
+        sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+  return sums
+
+
+def _check_sums(folder: pathlib.Path) -> None:
+  if not (folder / SUMS).exists():  # made by an earlier version
+    return
+  wanted, found = json.loads((folder / SUMS).read_text()), _sums(folder)
+  changed = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+  if changed:
+    raise ValueError(f"{changed[0]} is not as it was written")
 
 
 def _own_version() -> str:
