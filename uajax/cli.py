@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from uajax import config
-from uajax.errors import UserError
+from uajax.errors import Stopped, UserError
 
 Path = pathlib.Path
 Preset = Literal["demo", "quick", "paper"]
@@ -297,7 +297,9 @@ Every command answers --help. Errors come in one line; --debug anywhere adds the
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command. Returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+  """Runs one command. Returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted,
+  143 terminated.
+  """
   words = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in words
   words = [word for word in words if word != "--debug"]
@@ -312,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return stop.code if isinstance(stop.code, int) else 0
   except WrongUse as error:
     return _fail(str(error), 2)
+  except Stopped as stop:
+    return _fail(str(stop), 128 + stop.signal)
   except KeyboardInterrupt:
     resumes = words[:1] in (["train"], ["preprocess"], ["extract"])
     left = "the same command goes on from here" if resumes else "nothing half-written is left"

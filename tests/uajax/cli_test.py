@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import wave
 import pytest
 
 from uajax import cli, config
-from uajax.errors import UserError
+from uajax.errors import Stopped, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,8 @@ FAILURES = [
   (RuntimeError("RESOURCE_EXHAUSTED: 9 GB\nand more"), 1, "out of memory"),
   (ZeroDivisionError("division\nby zero"), 1, "a fault of uajax"),
   (KeyboardInterrupt(), 130, "interrupted"),
+  (Stopped("stopped by SIGTERM after step 3", signal.SIGTERM), 143, "after step 3"),
+  (Stopped("stopped by SIGINT after step 3", signal.SIGINT), 130, "after step 3"),
 ]
 
 

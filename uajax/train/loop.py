@@ -1,10 +1,15 @@
 """The one place that iterates: stages, densification, logs, pictures, checkpoints, resuming."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,7 @@ from uajax import runs, saving
 from uajax.avatar import Avatar, Layer, init_motion, render
 from uajax.config import Experiment, Stage
 from uajax.data import loader
-from uajax.errors import UserError
+from uajax.errors import Stopped, UserError
 from uajax.progress import Progress
 from uajax.train import densify, optimizer, seeding
 from uajax.train.step import (
@@ -46,6 +51,7 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
   Raises:
     UserError: the subject cannot be used, the folder belongs to another experiment, a checkpoint
       cannot be written, or training diverged.
+    Stopped: by SIGTERM or Ctrl-C, after a checkpoint (in the main thread).
   """
   subject = pathlib.Path(subject)
   clips = {split: loader.load(subject, split, audio=experiment.model.audio, source=source)
@@ -57,28 +63,78 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
     _log.warning("LPIPS weights are not at hand: trained without the perceptual terms "
                  "(`uajax doctor` says how to get them)")
 
-  found = run.restore(lambda avatar, at: _resume_template(avatar, experiment, at))
-  if found is None:
-    avatar, training = _begin(experiment, clips["train"]), None
-    at = runs.Progress(0, 0, 0)
-  else:
-    avatar, training, at = found
+  avatar, training, at = _stand(run, clips["train"])
+  if at.total:
     _log.warning("resuming %s at step %d", run.path, at.total)
-  stages = experiment.stages()
-  if at.stage == len(stages):
+  if at.stage == len(experiment.stages()):
     return run
   material = upload(clips["train"])
-  with Journal(run.path, at.total) as journal:
-    everything = sum(stage.steps for stage in stages)
-    progress = Progress("train", everything, at.total)
-    for number in range(at.stage, len(stages)):
-      stage = stages[number]
-      state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
-      training = None
-      avatar, at = _train_stage(run, number, stage, state, at, material, clips["val"], perceptual,
-                                journal, progress)
-    progress.close()
-  return run
+  with _heeded() as asked:
+    while True:
+      try:
+        with run.saver(at.total) as saver, Journal(run.path, at.total) as journal:
+          _train_stages(run, avatar, training, at, material, clips["val"], perceptual, journal,
+                        saver, asked)
+        return run
+      except _Diverged as fault:
+        avatar, training, at = _roll_back(run, clips["train"], fault)
+
+
+class _Diverged(Exception):
+  """Raised where training found no finite gradient for GIVE_UP_AFTER steps."""
+
+  def __init__(self, stage: Stage, at: runs.Progress, skipped: int):
+    super().__init__()
+    self.stage, self.at = stage, at
+    self.seen = (f"no finite gradient in the last {skipped} steps before step {at.step} of the "
+                 f"{stage.name} stage")
+
+
+def _stand(run: runs.Run, clip: Clip) -> tuple[Avatar, dict | None, runs.Progress]:
+  """Where training stands: the last checkpoint, or the beginning."""
+  found = run.restore(lambda avatar, at: _resume_template(avatar, run.experiment, at))
+  return found or (_begin(run.experiment, clip), None, runs.Progress(0, 0, 0))
+
+
+def _roll_back(run: runs.Run, clip: Clip, fault: _Diverged):
+  """The last checkpoint, to go on from with other random numbers; once a stage."""
+  if fault.at.rollbacks:
+    raise UserError(
+      f"training diverged: {fault.seen}, once more after going back to an earlier checkpoint; run "
+      f"again to resume from the last checkpoint in {run.path}, with lower rates "
+      f"(--{fault.stage.name}.rates.*)") from None
+  avatar, training, at = _stand(run, clip)
+  _log.warning("%s: going back from step %d to step %d, to try once more with other random numbers",
+               fault.seen, fault.at.total, at.total)
+  return avatar, training, at._replace(rollbacks=fault.at.rollbacks + 1)
+
+
+@contextlib.contextmanager
+def _heeded() -> Iterator[list[int]]:
+  """Collects SIGTERM and Ctrl-C, so that training ends where it can go on; a second one kills.
+
+  Signals are left alone in other threads than the main one, and where they were ignored.
+  """
+  asked: list[int] = []
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    before = {number: handler for number in (signal.SIGTERM, signal.SIGINT)
+              if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN)}
+
+  def heed(number, _):
+    asked.append(number)
+    for each in before:
+      signal.signal(each, signal.SIG_DFL)
+
+  for number in before:
+    signal.signal(number, heed)
+  try:
+    yield asked
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  if asked:  # too late to stop anything here
+    os.kill(os.getpid(), asked[0])
 
 
 def fit_audio(experiment: Experiment, clip: Clip) -> Experiment:
@@ -90,10 +146,25 @@ def fit_audio(experiment: Experiment, clip: Clip) -> Experiment:
     experiment, model=dataclasses.replace(experiment.model, motion=motion))
 
 
+def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
+                  material: Material, val: Clip, perceptual, journal, saver, asked) -> None:
+  stages = run.experiment.stages()
+  progress = Progress("train", sum(stage.steps for stage in stages), at.total)
+  for number in range(at.stage, len(stages)):
+    stage = stages[number]
+    state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
+    training = None
+    avatar, at = _train_stage(run, number, stage, state, at, material, val, perceptual, journal,
+                              progress, saver, asked)
+  progress.close()
+
+
 def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress,
-                 material: Material, val: Clip, perceptual, journal, progress):
+                 material: Material, val: Clip, perceptual, journal, progress, saver, asked):
   experiment = run.experiment
   key = jax.random.fold_in(jax.random.key(experiment.seed), number)
+  if at.rollbacks:
+    key = jax.random.fold_in(key, 1000 + at.rollbacks)  # apart from what steps fold in
   before = sum(s.steps for s in experiment.stages()[:number])
   step = int(state.step)
   while step < stage.steps:
@@ -120,18 +191,30 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
       report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
       journal.write(before + step, stage.name, step, report)
       at = _with_capacity(stage, state, at, report["overflow"])
-      _check_sound(run, stage, step, state)
-    done = step == stage.steps
+      if int(state.skipped) >= GIVE_UP_AFTER:
+        here = at._replace(stage=number, step=step, total=before + step)
+        raise _Diverged(stage, here, int(state.skipped))
+    done, stopping = step == stage.steps, bool(asked)
     if step % experiment.picture_every == 0 or done:
       journal.picture(before + step, stage.name, _picture(state.avatar, stage, val))
+    here = at._replace(stage=number, step=step, total=before + step)
+    saver.check()
     if done:
-      run.save(state.avatar, {"step": state.step},
-               at._replace(stage=number + 1, step=0, total=before + step))
-    elif step % experiment.save_every == 0:
-      run.save(state.avatar, _training(state),
-               at._replace(stage=number, step=step, total=before + step))
-    note = f"{stage.name} {phase}"
-    progress.advance(count, note)
+      here = here._replace(stage=number + 1, step=0, rollbacks=0)
+      saver.save(state.avatar, {"step": state.step}, here)
+    elif (step % experiment.save_every == 0 or stopping) and int(state.skipped) == 0:
+      # A state without a finite gradient is none to go back to.
+      saver.save(state.avatar, _training(state), here)
+    progress.advance(count, f"{stage.name} {phase}")
+    if stopping:
+      saver.wait()
+      progress.close()
+      raise Stopped(
+        f"stopped by {signal.Signals(asked[0]).name} after step {step} of {stage.steps} of the "
+        f"{stage.name} stage: the same command resumes from the last checkpoint in {run.path}",
+        asked[0])
+    if done:
+      at = here
   return state.avatar, at
 
 
@@ -200,14 +283,6 @@ def _census(stage: Stage, state: State, changed) -> dict:
   if changed is not None:
     counts |= {name: float(value) for name, value in changed._asdict().items()}
   return counts
-
-
-def _check_sound(run, stage: Stage, step: int, state: State) -> None:
-  if int(state.skipped) >= GIVE_UP_AFTER:
-    raise UserError(
-      f"training diverged: no finite gradient in the last {int(state.skipped)} steps before step "
-      f"{step} of the {stage.name} stage; run again to resume from the last checkpoint in "
-      f"{run.path}, with lower rates (--{stage.name}.rates.*)")
 
 
 def _picture(avatar: Avatar, stage: Stage, clip: Clip) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Three stages of a few steps on a tiny subject: everything that happens in a long run happens."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ from tests.uajax.data import subject_folder
 from tests.uajax.lpips_test import made_up_lpips
 from uajax import config, runs
 from uajax.data import loader
-from uajax.errors import UserError
+from uajax.errors import Stopped, UserError
 from uajax.train import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -131,6 +133,126 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(subject, tmp_pa
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   assert runs.open_run(path).avatar() is not None
   assert f"checkpoint {newest}" in caplog.text and "before" in caplog.text
+
+
+def same(a, b) -> bool:
+  return all(map(np.array_equal, leaves(a), leaves(b)))
+
+
+def at_total(monkeypatch, total: int, act):
+  """Calls `act` when the line of metrics of that step is written."""
+  write = loop.Journal.write
+
+  def writes(journal, now, *rest):
+    write(journal, now, *rest)
+    if now == total:
+      act()
+
+  monkeypatch.setattr(loop.Journal, "write", writes)
+
+
+@pytest.mark.parametrize("number, total", [(signal.SIGTERM, 4), (signal.SIGINT, 8)])
+def test_a_signal_stops_after_a_checkpoint_and_the_same_command_goes_on(
+    trained, subject, tmp_path, monkeypatch, number, total):
+  """Within a stage and at its end."""
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  with monkeypatch.context() as patch:
+    at_total(patch, total, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match=f"by {number.name} after step {total} of 8 of the mouth stage"
+                       ) as stopped:
+      train(subject, tmp_path / "run")
+  assert stopped.value.signal == number
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+  assert _newest(tmp_path / "run") == total
+  assert same(trained, train(subject, tmp_path / "run"))
+
+
+def test_a_second_signal_kills_at_once():
+  code = ("import os, signal\n"
+          "from uajax.train import loop\n"
+          "with loop._heeded() as asked:\n"
+          "  os.kill(os.getpid(), signal.SIGTERM)\n"
+          "  print(asked, flush=True)\n"
+          "  os.kill(os.getpid(), signal.SIGINT)\n"
+          "  print('still here', flush=True)\n")
+  child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+  assert (child.returncode, child.stdout) == (-signal.SIGINT, f"[{signal.SIGTERM.value}]\n")
+
+
+def glitch(monkeypatch, total: int):
+  """Once, at that step, four steps have had no finite gradient."""
+  run_steps, left = loop.run_steps, [1]
+
+  def glitches(experiment, stage, *rest):
+    state, sums = run_steps(experiment, stage, *rest)
+    if stage.name == "face" and int(state.step) == total - 8 and left:
+      left.pop()
+      state = state.replace(skipped=jnp.asarray(4))
+    return state, sums
+
+  monkeypatch.setattr(loop, "GIVE_UP_AFTER", 4)
+  monkeypatch.setattr(loop, "run_steps", glitches)
+
+
+def test_training_that_diverges_goes_back_once_with_other_random_numbers(
+    trained, subject, tmp_path, monkeypatch, caplog):
+  glitch(monkeypatch, total=12)
+  whole = train(subject, tmp_path / "whole")
+  assert "complete" in whole.progress() and not same(trained, whole)
+  assert ("no finite gradient in the last 4 steps before step 4 of the face stage: going back from "
+          "step 12 to step 10") in caplog.text
+  totals = [json.loads(line)["total"]
+            for line in (whole.path / "metrics.jsonl").read_text().splitlines()]
+  assert totals == list(range(2, 19, 2))
+
+  glitch(monkeypatch, total=12)
+  with monkeypatch.context() as patch:  # stopped after it went back: the checkpoint knows that
+    at_total(patch, 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+      train(subject, tmp_path / "stopped")
+  assert same(whole, train(subject, tmp_path / "stopped"))
+
+
+def test_training_that_diverges_again_gives_up(subject, tmp_path, monkeypatch, caplog):
+  """A clip that is not finite anywhere: the face cannot be learnt, from the first step on."""
+  monkeypatch.setattr(loop, "GIVE_UP_AFTER", 2)
+  upload = loop.upload
+
+  def spoilt(clip):
+    material = upload(clip)
+    controls = jax.tree.map(lambda leaf: leaf * jnp.nan, material.frames.controls)
+    return material.replace(frames=material.frames._replace(controls=controls))
+
+  monkeypatch.setattr(loop, "upload", spoilt)
+  with pytest.raises(UserError, match="diverged: no finite gradient.*once more.*rates"):
+    train(subject, tmp_path / "run")
+  assert caplog.text.count("going back") == 1
+
+
+def test_a_run_goes_on_with_another_number_of_devices(trained):
+  """Made with two, read with one: every bit of the state that training goes on from."""
+  code = ("import jax\n"
+          "from tests.uajax.train import loop_test\n"
+          "from uajax import runs\n"
+          "assert jax.device_count() == 1\n"
+          f"print(loop_test.fingerprint(runs.open_run({str(trained.path)!r})))\n")
+  child = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+    env=os.environ | {"PYTHONPATH": str(ROOT),
+                      "XLA_FLAGS": "--xla_force_host_platform_device_count=1"})
+  assert jax.device_count() == 2 and child.returncode == 0, child.stderr
+  assert child.stdout.strip() == fingerprint(trained)
+
+
+def fingerprint(run) -> str:
+  """Of what training would go on from, at every checkpoint."""
+  template = lambda avatar, at: loop._resume_template(avatar, run.experiment, at)
+  digest = hashlib.sha256()
+  for step in run.steps():
+    for leaf in jax.tree.leaves(run.read(step, template)):
+      digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def _newest(path: pathlib.Path) -> int:
