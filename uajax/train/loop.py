@@ -236,9 +236,10 @@ def _begin(experiment: Experiment, clip: Clip) -> Avatar:
 
 def _enter(avatar: Avatar, stage: Stage) -> State:
   layer = avatar.mouth if stage.name == "mouth" else avatar.face
+  zero = lambda: jnp.zeros((), jnp.int32)  # not weakly typed: resumed, the same programs serve
   return State(
     avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, stage)),
-    stats=densify.no_stats(layer.alive.shape[0]), step=jnp.asarray(0), skipped=jnp.asarray(0))
+    stats=densify.no_stats(layer.alive.shape[0]), step=zero(), skipped=zero())
 
 
 def _training(state: State) -> dict:
