@@ -28,8 +28,10 @@ from uajax.train.step import (
   State,
   grow_and_prune,
   is_perceptual,
+  mesh_of,
   phase_of,
   run_steps,
+  spread,
   turning_points,
   upload,
 )
@@ -68,7 +70,7 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
     _log.warning("resuming %s at step %d", run.path, at.total)
   if at.stage == len(experiment.stages()):
     return run
-  material = upload(clips["train"])
+  material = upload(clips["train"], mesh_of(experiment))
   with _heeded() as asked:
     while True:
       try:
@@ -154,6 +156,7 @@ def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
     stage = stages[number]
     state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
     training = None
+    state = spread(state, mesh_of(run.experiment))
     avatar, at = _train_stage(run, number, stage, state, at, material, val, perceptual, journal,
                               progress, saver, asked)
   progress.close()
@@ -178,7 +181,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
     weights = perceptual if is_perceptual(stage, step) else None
     began = time.monotonic()
     state, sums = run_steps(experiment, stage, phase, at.capacity, state, jnp.asarray(end - step),
-                            material, weights, key)
+                            material, weights, key, mesh=mesh_of(experiment))
     count, step = end - step, end
     changed = None
     if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (

@@ -10,6 +10,8 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from uajax.avatar import Avatar
@@ -17,6 +19,8 @@ from uajax.config import Experiment, Stage
 from uajax.train import densify, optimizer, sampling
 from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
 from uajax.types import MOUTH, Clip, Frame, Guide
+
+FRAMES = "frames"  # the axis of the mesh
 
 
 class State(flax.struct.PyTreeNode):
@@ -37,11 +41,17 @@ class Material(flax.struct.PyTreeNode):
   mouth_share: Array  # [f]
 
 
-def upload(clip: Clip) -> Material:
-  """The clip as device arrays, pictures still uint8."""
+def upload(clip: Clip, mesh: Mesh | None = None) -> Material:
+  """The clip as device arrays, pictures still uint8; the whole of it on each device of a mesh."""
   share = (clip.frames.classes == MOUTH).reshape(len(clip.ids), -1).mean(1)
-  to_device = lambda tree: jax.tree.map(jnp.asarray, tree)
-  return Material(to_device(clip.frames), to_device(clip.guide), jnp.asarray(share, jnp.float32))
+  return spread(Material(clip.frames, clip.guide, share.astype(np.float32)), mesh)
+
+
+def spread(tree, mesh: Mesh | None):
+  """The same arrays on every device of a mesh."""
+  if mesh is None:
+    return jax.tree.map(jnp.asarray, tree)
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def phase_of(stage: Stage, step: int) -> Phase:
@@ -64,14 +74,27 @@ def sh_degree(stage: Stage, step):
   return jnp.where(stage.name == "fuse", 2, jnp.minimum((step + 1) // stage.sh_every, 2))
 
 
+def mesh_of(experiment: Experiment) -> Mesh | None:
+  """As many of this host's devices as share a batch evenly; None if that is but one.
+
+  A device takes `batch` / devices frames of every step. A batch of B is one step for B frames:
+  for the same schedule take 1 / B of the steps, and sqrt(B) times the rates (Adam's rule).
+  """
+  devices = jax.local_devices()
+  count = max(n for n in range(1, len(devices) + 1) if experiment.batch % n == 0)
+  return None if count == 1 else Mesh(np.asarray(devices[:count]), (FRAMES,))
+
+
 def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
-               state: State, material: Material, perceptual, key) -> tuple[State, dict]:
+               state: State, material: Material, perceptual, key,
+               mesh: Mesh | None = None) -> tuple[State, dict]:
   """One step on `experiment.batch` frames.
 
   Args:
     capacity: of the rasteriser's pair list; None leaves it to the rasteriser.
     perceptual: LPIPS parameters where they are to be used, else None.
     key: of the stage.
+    mesh: of the devices that share the frames, see `mesh_of`; everything else they all hold.
 
   Returns:
     the next state, and scalars: loss, l1, psnr, grad_norm, overflow, skipped.
@@ -83,26 +106,40 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
                                      step * experiment.batch + i if experiment.batch > 1 else step,
                                      key)
                      for i in range(experiment.batch)])
-  frames = jax.tree.map(lambda leaf: leaf[index], material.frames)
   members = jax.random.randint(
     jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
-  setting = Setting(stage, phase, perceptual, capacity)
   moment = Moment(step, members, sh_degree(stage, step), _backdrop(experiment, step, key))
 
-  def loss_of(params, probes):
-    avatar = optimizer.join(state.avatar, params)
-    one = lambda frame, probe: objective(setting, moment, avatar, frame, probe)
-    if experiment.batch == 1:
-      losses, parts = jax.tree.map(
-        lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], frames), probes[0]))
-    else:
-      losses, parts = jax.vmap(one)(frames, probes)
-    return jnp.mean(losses), parts
+  def gradients(index, probes, params, material, perceptual, moment, avatar):
+    setting = Setting(stage, phase, perceptual, capacity)
+    frames = jax.tree.map(lambda leaf: leaf[index], material.frames)
 
+    def loss_of(params, probes):
+      joined = optimizer.join(avatar, params)
+      one = lambda frame, probe: objective(setting, moment, joined, frame, probe)
+      if len(index) == 1:
+        losses, parts = jax.tree.map(
+          lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], frames), probes[0]))
+      else:
+        losses, parts = jax.vmap(one)(frames, probes)
+      return jnp.mean(losses), parts
+
+    (loss, parts), (grads, d_probes) = jax.value_and_grad(
+      loss_of, argnums=(0, 1), has_aux=True)(params, probes)
+    if mesh is not None:
+      loss, grads = jax.lax.pmean((loss, grads), FRAMES)
+    # Of one frame alone: thresholds are for that, not for a share of a mean.
+    return loss, parts, grads, d_probes * len(index)
+
+  if mesh is not None:
+    one, all_ = PartitionSpec(FRAMES), PartitionSpec()
+    gradients = jax.shard_map(
+      gradients, mesh=mesh, in_specs=(one, one, *(all_,) * 5), out_specs=(all_, one, all_, one),
+      check_vma=False)
   params = optimizer.trainable(state.avatar, stage)
   probes = jnp.zeros((experiment.batch, slots, 2))
-  (loss, parts), (grads, d_probes) = jax.value_and_grad(
-    loss_of, argnums=(0, 1), has_aux=True)(params, probes)
+  loss, parts, grads, d_probes = gradients(index, probes, params, material, perceptual, moment,
+                                           state.avatar)
 
   norm = _norm(grads)
   sound = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -113,9 +150,8 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   avatar = optimizer.join(state.avatar, keep(new_params, params))
   skipped = jnp.where(sound, 0, state.skipped + 1)
 
-  height, width = frames.image.shape[1:3]
-  # The loss is a mean over the batch; thresholds are for one frame.
-  ndc = d_probes * experiment.batch * jnp.asarray([0.5 * width, 0.5 * height])[None, None, :]
+  height, width = material.frames.image.shape[1:3]
+  ndc = d_probes * jnp.asarray([0.5 * width, 0.5 * height])[None, None, :]
   seen = (parts.radii > 0) & sound
   stats = densify.Stats(
     state.stats.grad + jnp.where(seen, jnp.linalg.norm(ndc, axis=-1), 0.0).sum(0),
@@ -127,10 +163,11 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   return state, report
 
 
-@functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity"),
+@functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity", "mesh"),
                    donate_argnames="state")
 def run_steps(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
-              state: State, count, material: Material, perceptual, key) -> tuple[State, dict]:
+              state: State, count, material: Material, perceptual, key,
+              mesh: Mesh | None = None) -> tuple[State, dict]:
   """`count` steps of one phase in one compiled loop; returns the sums of their reports.
 
   `count` is an array: a run of any length is the same program, so that where a run was cut and
@@ -140,12 +177,12 @@ def run_steps(experiment: Experiment, stage: Stage, phase: Phase, capacity: int 
   def body(_, carry):
     state, sums = carry
     state, report = train_step(
-      experiment, stage, phase, capacity, state, material, perceptual, key)
+      experiment, stage, phase, capacity, state, material, perceptual, key, mesh)
     return state, jax.tree.map(jnp.add, sums, report)
 
   shapes = jax.eval_shape(
     lambda s: train_step(
-      experiment, stage, phase, capacity, s, material, perceptual, key)[1], state)
+      experiment, stage, phase, capacity, s, material, perceptual, key, mesh)[1], state)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.fori_loop(0, count, body, (state, zeros))
 

@@ -182,8 +182,8 @@ def glitch(monkeypatch, total: int):
   """Once, at that step, four steps have had no finite gradient."""
   run_steps, left = loop.run_steps, [1]
 
-  def glitches(experiment, stage, *rest):
-    state, sums = run_steps(experiment, stage, *rest)
+  def glitches(experiment, stage, *rest, **settings):
+    state, sums = run_steps(experiment, stage, *rest, **settings)
     if stage.name == "face" and int(state.step) == total - 8 and left:
       left.pop()
       state = state.replace(skipped=jnp.asarray(4))
@@ -217,8 +217,8 @@ def test_training_that_diverges_again_gives_up(subject, tmp_path, monkeypatch, c
   monkeypatch.setattr(loop, "GIVE_UP_AFTER", 2)
   upload = loop.upload
 
-  def spoilt(clip):
-    material = upload(clip)
+  def spoilt(clip, mesh):
+    material = upload(clip, mesh)
     controls = jax.tree.map(lambda leaf: leaf * jnp.nan, material.frames.controls)
     return material.replace(frames=material.frames._replace(controls=controls))
 

@@ -1,0 +1,56 @@
+"""Several devices take a batch's frames apart and arrive where one device does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.uajax import tiny_run
+from tests.uajax.data import subject_folder
+from uajax import config
+from uajax.data import loader
+from uajax.train import densify, optimizer, step
+
+STAGE = dataclasses.replace(config.FACE, warm_steps=0, guide_until=0)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  path = tmp_path_factory.mktemp("subjects") / "tiny"
+  subject_folder.make(path)
+  return loader.load(path, "train", audio="mel", source="folder")
+
+
+def steps(clip, batch, mesh, count=1):
+  experiment = dataclasses.replace(tiny_run.EXPERIMENT, batch=batch)
+  avatar = tiny_run.avatar()
+  state = step.State(
+    avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, STAGE)),
+    stats=densify.no_stats(16), step=jnp.asarray(5), skipped=jnp.asarray(0))
+  return step.run_steps(
+    experiment, STAGE, "sample", None, step.spread(state, mesh), jnp.asarray(count),
+    step.upload(clip, mesh), None, jax.random.key(0), mesh=mesh)
+
+
+def test_two_devices_take_the_step_that_one_takes(clip):
+  mesh = step.mesh_of(dataclasses.replace(tiny_run.EXPERIMENT, batch=2))
+  assert mesh is not None and mesh.size == 2
+  alone, report = steps(clip, 2, None)
+  together, shared = steps(clip, 2, mesh)
+  for name in ("loss", "l1", "psnr", "grad_norm"):
+    np.testing.assert_allclose(shared[name], report[name], rtol=1e-4, err_msg=name)
+  np.testing.assert_array_equal(together.stats.seen, alone.stats.seen)
+  np.testing.assert_allclose(together.stats.grad, alone.stats.grad, rtol=1e-2, atol=1e-6)
+  # Adam's first step has the size of the rate whatever the gradient is, so rounding may turn
+  # the few that have next to none.
+  before, one, two = (np.asarray(x.face.splats.sh_dc)
+                      for x in (tiny_run.avatar(), alone.avatar, together.avatar))
+  assert np.abs(two - one).mean() < 0.01 * np.abs(one - before).mean()
+
+
+def test_a_batch_that_devices_cannot_share_evenly_takes_fewer():
+  for batch, devices in ((1, None), (3, None), (4, 2)):
+    mesh = step.mesh_of(dataclasses.replace(tiny_run.EXPERIMENT, batch=batch))
+    assert (mesh and mesh.size) == devices
