@@ -196,14 +196,14 @@ def _moments(on, slopes, shares, g_pixels, m):
   wide, high = TILE
   lines = [pl.ds(wide * j, wide) for j in range(high)]
   x = on.iota((BACK, wide), 1, on.matrix).astype(jnp.float32) - (wide - 1) / 2
-  plain = by_y = by_yy = jnp.zeros((BACK, wide), jnp.float32)
+  plain = by_y = by_yy = 0.0
   for j, line in enumerate(lines):
     slope, y = on.load(slopes.at[:, line], on.matrix), j - (high - 1) / 2
     plain, by_y, by_yy = plain + slope, by_y + y * slope, by_yy + y * y * slope
   sums = [jnp.sum(z, 1) for z in (plain, plain * x, by_y, plain * x * x, by_y * x, by_yy)]
   for group in range(0, m, 8):  # what the registers hold
     channels = range(group, min(group + 8, m))
-    totals = [jnp.zeros((BACK, wide), jnp.float32)] * len(channels)
+    totals = [0.0] * len(channels)
     for line in lines:
       share = on.load(shares.at[:, line], on.matrix)
       totals = [total + share * lax.broadcast_in_dim(
