@@ -329,7 +329,7 @@ def check(settings, seeds, implementation="xla"):
 
 
 def test_random_scenes_are_drawn_as_by_the_reference():
-  check((0, 1), range(10))
+  check((1,), range(20))
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from uajax import config
 from uajax.data import loader
 from uajax.train import densify, optimizer, step
 
-STAGE = dataclasses.replace(config.FACE, warm_steps=0, guide_until=0)
+# Still splats: their program compiles in half the time, and gradients are shared all the same.
+STAGE = dataclasses.replace(config.FACE, guide_until=0)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def steps(clip, batch, mesh, count=1):
     avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, STAGE)),
     stats=densify.no_stats(16), step=jnp.asarray(5), skipped=jnp.asarray(0))
   return step.run_steps(
-    experiment, STAGE, "sample", None, step.spread(state, mesh), jnp.asarray(count),
+    experiment, STAGE, "static", None, step.spread(state, mesh), jnp.asarray(count),
     step.upload(clip, mesh), None, jax.random.key(0), mesh=mesh)
 
 
