@@ -17,6 +17,7 @@ import json
 import logging
 import pathlib
 import shutil
+import time
 import types as pytypes
 import typing
 from collections.abc import Iterator
@@ -228,14 +229,24 @@ class Saver:
       folder = unnamed
     (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1) + "\n")
 
+  def _give_up(self) -> None:
+    """Leaves nothing of a checkpoint that could not be written."""
+    manager, self._manager = self._manager, None
+    if manager is not None:
+      with contextlib.suppress(Exception):  # the same failure once more
+        manager.close()
+    for _ in range(10):  # threads of Orbax that were still at it may write another file
+      for torn in self._run.checkpoints.glob(f"*.{_UNNAMED}"):
+        shutil.rmtree(torn, ignore_errors=True)
+      time.sleep(0.05)
+
   @contextlib.contextmanager
   def _explained(self):
     try:
       yield
     except Exception as error:
       step, self._writing = self._writing, None
-      for torn in self._run.checkpoints.glob(f"*.{_UNNAMED}"):
-        shutil.rmtree(torn, ignore_errors=True)
+      self._give_up()
       free = shutil.disk_usage(self._run.path).free
       raise UserError(
         f"checkpoint {step} could not be saved to {self._run.checkpoints} "

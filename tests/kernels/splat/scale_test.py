@@ -99,6 +99,7 @@ def test_a_4k_picture_shows_what_its_window_shows():
     assert gap <= 1e-2 * np.linalg.norm(expected[name]), name
 
 
+@pytest.mark.slow
 def test_pairs_that_find_no_room_are_counted_under_jit():
   splats, rest = split(scene(CASES["crowded"]))
   run = jax.jit(jax.grad(lambda *x: energy(*x, **rest), has_aux=True), static_argnums=3)
