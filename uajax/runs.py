@@ -199,7 +199,7 @@ class Saver:
       return
     with self._explained():
       self._manager.wait_until_finished()
-    self._writing = None
+    self._newest, self._writing = self._writing, None
 
   def close(self) -> None:
     try:

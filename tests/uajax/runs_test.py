@@ -177,6 +177,22 @@ def test_a_checkpoint_that_fails_while_training_goes_on_is_told(run, monkeypatch
   assert sorted(path.name for path in run.checkpoints.iterdir()) == ["1", "2"]
 
 
+def test_a_failed_save_costs_none_of_those_before_it(run):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with run.saver(2) as saver:
+    saver.save(avatar(3), state(3), runs.Progress(0, 3, 3))
+    saver.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+      with pytest.raises(UserError, match="checkpoint 4 could not be saved"):
+        saver.save(avatar(4), state(4), runs.Progress(0, 4, 4))
+        saver.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saver.save(avatar(5), state(5), runs.Progress(0, 5, 5))
+  assert 3 in run.steps() and restored(run) == 5
+
+
 def test_a_full_disk_leaves_the_checkpoints_before(run):
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))  # as if the disk ended there
