@@ -87,7 +87,7 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
   begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
 
   slot = jnp.arange(capacity, dtype=jnp.int32)
-  place = _owner(ends, capacity)
+  place = owner(ends, capacity)
   splat = order[place]
   x0, x1, y0, _ = (rect[place, i] for i in range(4))
   within, wide = slot - begins[place], jnp.maximum(x1 - x0, 1)
@@ -116,32 +116,29 @@ def sum_by_splat(rows: Float[Array, "q k"], index: Int[Array, " p"], bins: Bins,
     bins: the pairs.
     tiles: of one camera.
   """
-  def scatter(rows, index, bins):
-    return sum_by_scatter(rows, index, bins)
-
-  def fetch(rows, index, bins):
-    return sum_by_runs(rows, index, bins, tiles.columns * tiles.rows)
-
-  return lax.platform_dependent(rows, index, bins, cpu=scatter, default=fetch)
+  fetch = functools.partial(sum_by_runs, longest=tiles.columns * tiles.rows)
+  return lax.platform_dependent(rows, index, bins, cpu=sum_by_scatter, default=fetch)
 
 
 def sum_by_scatter(rows, index, bins):
   """`sum_by_splat`, one row after the other."""
-  place = jnp.arange(len(index), dtype=jnp.int32)
-  index = jnp.where(place < bins.starts[-1], index, len(rows))
-  rows = rows.at[index].get(mode="fill", fill_value=0)
+  rows = rows.at[_used(index, bins, len(rows))].get(mode="fill", fill_value=0)
   return jax.ops.segment_sum(rows, bins.splats, len(bins.runs))
 
 
 def sum_by_runs(rows, index, bins, longest):
   """`sum_by_splat`, all splats at once; none has more than `longest` pairs."""
   # Slots that hold no pair, because the ellipse misses the tile, have no row either.
-  place = jnp.arange(len(index), dtype=jnp.int32)
-  index = jnp.where(place < bins.starts[-1], index, len(rows))
+  index = _used(index, bins, len(rows))
   index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
   fan = 8 if len(index) <= 4 * len(bins.runs) else 16  # 32 would not fuse any more
   sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan)
   return lax.optimization_barrier(sums)  # or all that reads the sums would add up anew
+
+
+def _used(index, bins, none):
+  """The index of each place's row, and `none` for empty places."""
+  return jnp.where(jnp.arange(len(index), dtype=jnp.int32) < bins.starts[-1], index, none)
 
 
 def _sum_runs(rows, index, begins, ends, longest, fan):
@@ -163,7 +160,7 @@ def _sum_runs(rows, index, begins, ends, longest, fan):
   first = last - pieces
   size = max(len(index) // fan, 1)
   piece = jnp.arange(size, dtype=jnp.int32)
-  run = _owner(last, size)
+  run = owner(last, size)
   begin = begins[run] + fan * (piece - first[run] + 1)
   sums = add(begin, jnp.where(piece < last[-1], ends[run], begin))
   leads = (piece == first[run]) & (piece < last[-1])
@@ -216,7 +213,7 @@ def _sort(tile: Int[Array, " p"], t: int):
   return lax.platform_dependent(tile, cpu=numbers, default=pairs)
 
 
-def _owner(ends: Int[Array, " m"], size: int) -> Int[Array, " size"]:
+def owner(ends: Int[Array, " m"], size: int) -> Int[Array, " size"]:
   """Which run each index lies in, of runs that follow one another; any beyond them."""
   def repeat(ends):
     return jnp.repeat(jnp.arange(len(ends), dtype=jnp.int32), jnp.diff(ends, prepend=0),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels.splat.bins import Bins, Grid, scan_runs, sum_by_splat, zero
+from kernels.splat.bins import Bins, Grid, owner, scan_runs, sum_by_splat, zero
 from kernels.splat.project import ALPHA_MIN
 from kernels.splat.reference import ALPHA_MAX, OPAQUE
 from kernels.splat.tuning import Config
@@ -97,11 +97,11 @@ def _forward(shapes, values, bins, attached, tiles, config):
   state = (jnp.int32(0), *(x + nought for x in start))
   _, light, shown, _ = lax.while_loop(lambda state: state[0] < groups, step, state)
   total = _sum_by_tile(shown, blocks)
-  return total, (shapes, values, bins, light, shown, total)
+  return total, (shapes, values, bins, light, shown)
 
 
 def _backward(attached, tiles, config, residuals, d_total):
-  shapes, values, bins, light, shown, total = residuals
+  shapes, values, bins, light, shown = residuals
   blocks, groups = cut(bins, config)
   padded = pad(shapes), pad(with_one(values))
   m, s = values.shape[1] + 1, tiles.width * tiles.height
@@ -174,7 +174,7 @@ def cut(bins: Bins, config: Config):
   most = -(-len(bins.splats) // config.block) + t
   size = -(-most // config.group) * config.group
   index = jnp.arange(size, dtype=jnp.int32)
-  tile = jnp.repeat(jnp.arange(t, dtype=jnp.int32), per_tile, total_repeat_length=size)
+  tile = owner(starts[1:], size)
   begin = bins.starts[tile] + (index - starts[tile]) * config.block
   used = index < starts[-1]
   blocks = Blocks(jnp.where(used, tile, t), begin,
