@@ -20,6 +20,7 @@ EXTENTS = ("exact", "official")
 # The kernels behind implementation="pallas", by backend.
 KERNELS = {"mosaic": pallas, "interpret": pallas, "tpu": pallas_tpu, "tpu interpret": pallas_tpu}
 ROOM = 2**30  # pairs that int32 can number in every implementation
+UNCHECKED = "within jax.shard_map the Pallas kernels need it called with check_vma=False"
 FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
 
 
@@ -82,9 +83,9 @@ def rasterize(
       rounded out to 16 px tiles, as the official rasteriser cuts splats.
     implementation: "reference": every pixel looks at every splat; slow, for tests, and the only
       one that reckons in float64. "xla": plain JAX by tiles, on any device. "pallas": kernels
-      for NVIDIA GPUs, Hopper and later, and for TPUs; on a CPU they are interpreted. None: what
-      `choose` says, "pallas" on a GPU where it compiles and "xla" elsewhere, and wherever there
-      are more than 60 feature channels.
+      for NVIDIA GPUs, Hopper and later, and for TPUs; on a CPU they are interpreted. They need
+      `shard_map` to be given check_vma=False. None: what `choose` says, "pallas" on a GPU where
+      it compiles and "xla" elsewhere, and wherever there are more than 60 feature channels.
     capacity: how many pairs of splat and tile are held. If None they are counted first where
       the values are known; under `jit` a generous guess is made. What does not fit is not
       drawn and counted in `overflow`: double the capacity then and run again.
@@ -127,13 +128,22 @@ def rasterize(
     raise ValueError(f"{extent=} is none of {EXTENTS}")
   platform = jax.default_backend()
   attached = _attached(features.shape[1], detached)
+  varying = any(map(_varies, (means, quats, scales, opacities, colors, viewmats, Ks, features)))
   if implementation is None:
     implementation, _ = _choose(platform)
     if implementation == "pallas" and 4 + features.shape[1] > pallas.MOST:
       implementation = "xla"
+    if implementation == "pallas" and varying:
+      warnings.warn(f"kernels.splat: {UNCHECKED}, so plain XLA draws instead", RuntimeWarning,
+                    stacklevel=2)
+      implementation = "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
+  if implementation == "pallas" and varying:
+    raise ValueError(UNCHECKED)
   config = tuning.pick(platform, implementation)
+  if extent == "exact":
+    config = tuning.coarsen(config, n, width * height)
 
   # Only the reference reckons in float64, and only if it is asked to.
   double = implementation == "reference" and means.dtype == jnp.float64
@@ -213,6 +223,11 @@ def _assemble(shown, tiles, cameras):
   split = shown.reshape(cameras, tiles.rows, tiles.columns, -1, tiles.height, tiles.width)
   return split.transpose(0, 3, 1, 4, 2, 5).reshape(
       cameras, -1, tiles.rows * tiles.height, tiles.columns * tiles.width)
+
+
+def _varies(x):
+  """Whether x is checked to vary over devices, as in `shard_map`."""
+  return bool(getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", ()))
 
 
 def _attached(width, detached):

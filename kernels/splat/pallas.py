@@ -8,7 +8,10 @@ splats up to it have shown.
 Splats come to shared memory a chunk at a time, in the order of the pairs, and the next chunk is
 fetched while one is blended. Going backward, every thread leaves its pixel's part of each
 splat's gradient in a matrix, splats by pixels; then threads take splats instead of pixels and
-add up the rows. So nothing is summed across threads but a handful of numbers a chunk.
+add up the rows. So nothing is summed across threads but a handful of numbers a chunk. A tile
+is as many strips high as it likes, a strip being what the threads cover at once; gradients are
+gathered strip by strip. They are written over the pairs that they belong to, which nobody reads
+again: what a pair holds and what it gets would be the larger part of all memory in use.
 
 Bodies are written once and know no backend; `_Mosaic` and `_Interpreter` alone do.
 
@@ -29,11 +32,12 @@ from kernels.splat.project import ALPHA_MIN
 from kernels.splat.reference import ALPHA_MAX, OPAQUE
 from kernels.splat.tuning import Config
 
-TILE = 16, 8  # px: a pixel for each thread of a warpgroup
-PIXELS = TILE[0] * TILE[1]
+STRIP = 16, 8  # px: a pixel for each thread of a warpgroup; a tile is some strips high
+PIXELS = STRIP[0] * STRIP[1]
 AHEAD = 128  # pairs fetched at once going forward
 BACK = 64  # and backward: as many rows as the matrices of gradients have
 PITCH = PIXELS + 8  # of those rows in shared memory: neighbours lie in different banks
+WRITE = 8  # rows of gradients written at once: a tile's pairs begin at a multiple of it
 SHAPE = 6  # numbers: mean x, y, conic xx, xy, yy, opacity
 MOST = 64  # channels that registers and shared memory hold
 LOG2_E = math.log2(math.e)
@@ -48,43 +52,35 @@ def composite(
     tiles: Grid,
     config: Config,
 ) -> Float[Array, "t m+1 s"]:
-  """`xla.composite`, of which it is the other implementation. Tiles are `TILE`."""
+  """`xla.composite`, of which it is the other implementation. Tiles are some strips high."""
   return _forward(shapes, values, bins, attached, tiles, config)[0]
 
 
 def _forward(shapes, values, bins, attached, tiles, config):
   del attached
-  if (tiles.width, tiles.height) != TILE:
-    raise ValueError(f"tiles of {tiles.width}x{tiles.height} px where {TILE} are needed")
+  if tiles.width != STRIP[0] or tiles.height % STRIP[1]:
+    raise ValueError(f"tiles of {tiles.width}x{tiles.height} px where strips of {STRIP} are needed")
   t, m = len(bins.starts) - 1, values.shape[1]
   if m > MOST:
     raise ValueError(f"{m} channels (colour, depth and features) where the Pallas kernels hold at "
                      f"most {MOST}: draw fewer at a time, or take implementation='xla'")
-  pairs = _pack(shapes, values, bins)
-  width = pairs.shape[1]
-  out = (jax.ShapeDtypeStruct((t, m + 1, PIXELS), jnp.float32),)
+  pairs, starts = _pack(shapes, values, bins)
+  out = jax.ShapeDtypeStruct((t, m + 1, tiles.width * tiles.height), jnp.float32)
   body = functools.partial(_forward_body, tiles=tiles, m=m)
-  shown, = BACKENDS[config.backend]().launch(body, t, out, ((AHEAD, width),))(
-      pairs, bins.starts)
-  return shown, (shapes, values, bins, pairs, shown)
+  shown = BACKENDS[config.backend]().launch(body, t, out, ((AHEAD, pairs.shape[1]),))(
+      pairs, starts, jnp.diff(bins.starts))
+  return shown, (shapes, values, bins, pairs, starts, shown)
 
 
 def _backward(attached, tiles, config, residuals, d_shown):
-  shapes, values, bins, pairs, shown = residuals
-  t, m, width = len(bins.starts) - 1, values.shape[1], pairs.shape[1]
-  # Every tile's rows begin anew at a multiple of the chunk, lest one tile's last chunk and the
-  # next one's first be the same.
-  chunks = -(-jnp.diff(bins.starts) // BACK)
-  firsts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(chunks, dtype=jnp.int32)])
-  rows = len(bins.splats) // BACK + t
-  out = (jax.ShapeDtypeStruct((rows * BACK, -(-(SHAPE + m) // 8) * 8), jnp.float32),)
+  shapes, values, bins, pairs, starts, shown = residuals
+  t, m, width = len(starts), values.shape[1], pairs.shape[1]
   body = functools.partial(_backward_body, tiles=tiles, attached=attached)
-  scratch = ((BACK, width), (BACK, PITCH), (BACK, PITCH), (m, PIXELS))
-  rows, = BACKENDS[config.backend]().launch(body, t, out, scratch)(
-      pairs, bins.starts, firsts, shown, d_shown)
-  place = jnp.arange(len(bins.splats), dtype=jnp.int32)
-  index = (firsts * BACK - bins.starts)[bins.tiles] + place
-  sums = sum_by_splat(rows, index, bins, tiles)
+  scratch = ((BACK, width), (BACK, width), (BACK, PITCH), (BACK, PITCH),
+             (tiles.height // STRIP[1] * (m + 1), PIXELS))
+  rows = BACKENDS[config.backend]().launch(body, t, None, scratch)(
+      pairs, starts, jnp.diff(bins.starts), shown, d_shown)
+  sums = sum_by_splat(rows, _places(bins, starts), bins, tiles)
   return _d_shape(shapes, sums), sums[:, SHAPE:SHAPE + m], None
 
 
@@ -92,16 +88,31 @@ composite.defvjp(_forward, _backward)
 
 
 def _pack(shapes, values, bins):
-  """What each pair blends [p+ width], and some rows of zeros to read ahead into."""
+  """What each pair blends [q width], and where each tile begins [t]: at multiples of `WRITE`.
+
+  Behind the last tile are some rows to read ahead into.
+  """
   u, v, a, b, c, opacity = (shapes[:, i] for i in range(SHAPE))
   # The kernels take powers of two.
   table = jnp.stack([u, v, -0.5 * LOG2_E * a, -LOG2_E * b, -0.5 * LOG2_E * c, opacity], 1)
-  # Chunks of rows of even width fill whole warpgroups.
-  odd = jnp.zeros((len(values), (SHAPE + values.shape[1]) % 2))
+  # Rows of whole eights suit the layout of the gradients that will take their places.
+  rest = jnp.zeros((len(values), -(SHAPE + values.shape[1]) % 8))
   # Made once a splat, not once a pair.
-  table = lax.optimization_barrier(jnp.concatenate([table, values, odd], 1))
-  ahead = jnp.full(2 * AHEAD, len(table), jnp.int32)
-  return table.at[jnp.concatenate([bins.splats, ahead])].get(mode="fill", fill_value=0)
+  table = lax.optimization_barrier(jnp.concatenate([table, values, rest], 1))
+  counts = jnp.diff(bins.starts)
+  ends = jnp.cumsum(-(-counts // WRITE) * WRITE, dtype=jnp.int32)
+  starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+  size = len(bins.splats) + (WRITE - 1) * len(counts) + 2 * AHEAD
+  splats = jnp.full(size, len(table), jnp.int32).at[_places(bins, starts)].set(
+      bins.splats, mode="drop", unique_indices=True)
+  return table.at[splats].get(mode="fill", fill_value=0), starts
+
+
+def _places(bins, starts):
+  """Which row of `_pack` each pair takes; none, but another one each, if it is empty."""
+  place = jnp.arange(len(bins.splats), dtype=jnp.int32)
+  shift = jnp.append(starts - bins.starts[:-1], 2**30)  # beyond all rows
+  return place + shift[bins.tiles]
 
 
 def _d_shape(shapes, sums):
@@ -113,87 +124,111 @@ def _d_shape(shapes, sums):
                     one / jnp.where(opacity > 0, opacity, 1)], 1)
 
 
-def _forward_body(on, tile, pairs, starts, shown_out, chunk, *, tiles, m):
-  x, y = _pixels(on, tile, tiles)
-  end = starts[tile + 1]
+def _forward_body(on, tile, pairs, starts, counts, shown_out, chunk, *, tiles, m):
+  strips = range(tiles.height // STRIP[1])
+  pixels = [_pixels(on, tile, strip, tiles) for strip in strips]
+  end = starts[tile] + counts[tile]
 
   def blend(at, carry):
-    light, *shown = carry
-    alpha = _alpha(chunk, at, x, y)
-    light, share = _share(alpha, light)
-    shown = [c + chunk[at, SHAPE + i] * share for i, c in enumerate(shown[:-1])] + [
-        shown[-1] + share]
-    return light, *shown
+    return [_blend(chunk, at, *xy, *state) for xy, state in zip(pixels, carry, strict=True)]
 
   def run(at, carry):
     return _each(jnp.minimum(AHEAD, end - at), blend, carry)
 
-  start = (1 + 0 * x,) + (0 * x,) * (m + 1)
-  _, (_, *shown) = _walk(on, starts[tile], end, pairs, chunk, AHEAD, run, start)
-  for i, channel in enumerate(shown):
-    shown_out[tile, i] = channel
+  start = [(1 + 0 * x, (0 * x,) * (m + 1)) for x, _ in pixels]
+  _, carry = _walk(on, starts[tile], end, pairs, chunk, AHEAD, run, start)
+  for strip, (_, shown) in zip(strips, carry, strict=True):
+    for i, channel in enumerate(shown):
+      shown_out[tile, i, pl.ds(strip * PIXELS, PIXELS)] = channel
 
 
-def _backward_body(on, tile, pairs, starts, firsts, shown, d_shown, rows_out,
-                   chunk, slopes, shares, g_pixels, *, tiles, attached):
-  x, y = _pixels(on, tile, tiles)
-  begin, end = starts[tile], starts[tile + 1]
+def _blend(chunk, at, x, y, light, shown):
+  """Adds a splat to what pixels show: channels, and alpha last."""
+  light, share = _share(_alpha(chunk, at, x, y), light)
+  return light, (*(c + chunk[at, SHAPE + i] * share for i, c in enumerate(shown[:-1])),
+                 shown[-1] + share)
+
+
+def _backward_body(on, tile, pairs, starts, counts, shown, d_shown, rows_out,
+                   chunk, written, slopes, shares, g_pixels, *, tiles, attached):
+  begin, end = starts[tile], starts[tile] + counts[tile]
   m = len(attached)
-  g = [d_shown[tile, i] for i in range(m + 1)]
   seen = [i for i in range(m) if attached[i]]
-  behind = sum((g[i] * shown[tile, i] for i in seen), g[m] * shown[tile, m])
-  for i in range(m):
-    g_pixels[i] = g[i]
+  strips = range(tiles.height // STRIP[1])
+  start = []
+  for strip in strips:
+    here = pl.ds(strip * PIXELS, PIXELS)
+    g = [d_shown[tile, i, here] for i in range(m + 1)]
+    for i in range(m + 1):
+      g_pixels[strip * (m + 1) + i] = g[i]
+    behind = sum((g[i] * shown[tile, i, here] for i in seen), g[m] * shown[tile, m, here])
+    start.append((1 + 0 * behind, behind))
 
-  def unblend(at, carry):
-    light, behind = carry
-    alpha = _alpha(chunk, at, x, y)
-    light, share = _share(alpha, light)
-    weight = sum((g[i] * chunk[at, SHAPE + i] for i in seen), g[m])
-    behind = behind - weight * share
-    # share / light is alpha / (1 - alpha); a reciprocal square root is one instruction. Alpha
-    # does not follow the shape where it is capped, nor in a finished pixel.
-    root = lax.rsqrt(jnp.maximum(light, OPAQUE))
-    slopes[at, pl.ds(0, PIXELS)] = jnp.where(
-        alpha < ALPHA_MAX, share * (weight - behind * (root * root)), 0.0)
-    shares[at, pl.ds(0, PIXELS)] = share
-    return light, behind
+  def gather(strip, at, carry):
+    """Moments of a chunk's splats over a strip, as columns about each splat's mean."""
+    x, y = _pixels(on, tile, strip, tiles)
+    g = {i: on.load(g_pixels.at[strip * (m + 1) + i], on.pixels) for i in (*seen, m)}
 
-  def rows_of(at):
-    return pl.ds((firsts[tile] + (at - begin) // BACK) * BACK, BACK)
+    def unblend(at, carry):
+      light, behind = carry
+      alpha = _alpha(chunk, at, x, y)
+      light, share = _share(alpha, light)
+      weight = sum((g[i] * chunk[at, SHAPE + i] for i in seen), g[m])
+      behind = behind - weight * share
+      # share / light is alpha / (1 - alpha); a reciprocal square root is one instruction. Alpha
+      # does not follow the shape where it is capped, nor in a finished pixel.
+      root = lax.rsqrt(jnp.maximum(light, OPAQUE))
+      slopes[at, pl.ds(0, PIXELS)] = jnp.where(
+          alpha < ALPHA_MAX, share * (weight - behind * (root * root)), 0.0)
+      shares[at, pl.ds(0, PIXELS)] = share
+      return light, behind
+
+    on.barrier()  # nobody reads the last strip's matrices any more
+    carry = _each(jnp.minimum(BACK, end - at), unblend, carry)
+    on.barrier()
+    moments = _moments(on, slopes, shares, g_pixels, strip * (m + 1), m)
+    # Those were about the strip's middle.
+    px, py = (middle - on.load(chunk.at[:, i], on.rows)
+              for i, middle in enumerate(_middle(tile, strip, tiles)))
+    one, mx, my, mxx, mxy, myy = moments[:SHAPE]
+    moments[:SHAPE] = (
+        one, px * one + mx, py * one + my, px * px * one + 2 * px * mx + mxx,
+        px * py * one + px * my + py * mx + mxy, py * py * one + 2 * py * my + myy)
+    return carry, moments
 
   def run(at, carry):
-    here = jnp.minimum(BACK, end - at)
-    carry = _each(here, unblend, carry)
-    on.barrier()
-    row = _moments(on, slopes, shares, g_pixels, m)
-    # The moments were about the tile's middle.
-    px, py = (middle - on.load(chunk.at[:, i], on.rows)
-              for i, middle in enumerate(_middle(tile, tiles)))
-    one, mx, my, mxx, mxy, myy = row[:SHAPE]
-    row[:SHAPE] = (one, px * one + mx, py * one + my, px * px * one + 2 * px * mx + mxx,
-                   px * py * one + px * my + py * mx + mxy, py * py * one + 2 * py * my + myy)
-    field = on.iota((BACK, rows_out.shape[1]), 1, on.matrix)
+    carry, row = list(carry), None
+    for strip in strips:
+      carry[strip], moments = gather(strip, at, carry[strip])
+      row = moments if row is None else [a + b for a, b in zip(row, moments, strict=True)]
+    field = on.iota(written.shape, 1, on.matrix)
     together = jnp.zeros(field.shape, jnp.float32)
     for i, numbers in enumerate(row):
       together = jnp.where(field == i, lax.broadcast_in_dim(numbers, field.shape, (0,)), together)
-    rows_out[rows_of(at)] = together
+    written[...] = together
+    on.barrier()
+
+    def write(i, _):
+      rows_out[pl.ds(at + i * WRITE, WRITE)] = on.load(
+          written.at[pl.ds(i * WRITE, WRITE)], on.lines(written.shape[1]))
+      return _
+
+    lax.fori_loop(0, -(-jnp.minimum(BACK, end - at) // WRITE), write, 0)
     return carry
 
-  reached, _ = _walk(on, begin, end, pairs, chunk, BACK, run,
-                     (1 + 0 * x, behind))
+  reached, _ = _walk(on, begin, end, pairs, chunk, BACK, run, start)
 
   def clear(at):
-    rows_out[rows_of(at)] = jnp.zeros((BACK, rows_out.shape[1]), jnp.float32)
-    return at + BACK
+    rows_out[pl.ds(at, WRITE)] = on.zeros(written.shape[1])
+    return at + WRITE
 
   lax.while_loop(lambda at: at < end, clear, reached)
 
 
-def _moments(on, slopes, shares, g_pixels, m):
-  """Sums over a tile's pixels, for each row: of slopes times 1, x, y, xx, xy, yy about its
-  middle, and of shares times each channel's cotangent."""
-  wide, high = TILE
+def _moments(on, slopes, shares, g_pixels, first, m):
+  """Sums over a strip's pixels, for each row: of slopes times 1, x, y, xx, xy, yy about its
+  middle, and of shares times each channel's cotangent, which begin at row `first`."""
+  wide, high = STRIP
   lines = [pl.ds(wide * j, wide) for j in range(high)]
   x = on.iota((BACK, wide), 1, on.matrix).astype(jnp.float32) - (wide - 1) / 2
   plain = by_y = by_yy = 0.0
@@ -207,15 +242,15 @@ def _moments(on, slopes, shares, g_pixels, m):
     for line in lines:
       share = on.load(shares.at[:, line], on.matrix)
       totals = [total + share * lax.broadcast_in_dim(
-          on.load(g_pixels.at[i, line], on.columns), share.shape, (1,))
+          on.load(g_pixels.at[first + i, line], on.columns), share.shape, (1,))
                 for i, total in zip(channels, totals, strict=True)]
     sums += [jnp.sum(total, 1) for total in totals]
   return sums
 
 
 def _walk(on, begin, end, pairs, chunk, size, run, carry):
-  """Runs `run(at, carry)` for each chunk of pairs, as long as light (the first of `carry`) is
-  left anywhere; returns how far it came."""
+  """Runs `run(at, carry)` for each chunk of pairs, as long as light (the first of each strip's
+  state in `carry`) is left anywhere; returns how far it came."""
   def fetch(at):
     return pairs[pl.ds(at, size)]
 
@@ -230,7 +265,8 @@ def _walk(on, begin, end, pairs, chunk, size, run, carry):
     on.barrier()
     fetched = fetch(at + size)
     carry = run(at, carry)
-    return at + size, jnp.sum(jnp.where(carry[0] >= OPAQUE, 1.0, 0.0)), fetched, carry
+    lit = sum(jnp.where(light >= OPAQUE, 1.0, 0.0) for light, *_ in carry)
+    return at + size, jnp.sum(lit), fetched, carry
 
   at, _, _, carry = lax.while_loop(go_on, step, (begin, jnp.float32(1), fetch(begin), carry))
   return at, carry
@@ -264,19 +300,20 @@ def _share(alpha, light):
   return left, jnp.where(left >= OPAQUE, share, 0.0)
 
 
-def _pixels(on, tile, tiles):
-  """x and y of the tile's pixel centres."""
+def _pixels(on, tile, strip, tiles):
+  """x and y of the strip's pixel centres."""
   index = on.iota((PIXELS,), 0, on.pixels)
-  middle_x, middle_y = _middle(tile, tiles)
-  return (index % TILE[0]).astype(jnp.float32) + (middle_x - (TILE[0] - 1) / 2), (
-      index // TILE[0]).astype(jnp.float32) + (middle_y - (TILE[1] - 1) / 2)
+  middle_x, middle_y = _middle(tile, strip, tiles)
+  return (index % STRIP[0]).astype(jnp.float32) + (middle_x - (STRIP[0] - 1) / 2), (
+      index // STRIP[0]).astype(jnp.float32) + (middle_y - (STRIP[1] - 1) / 2)
 
 
-def _middle(tile, tiles):
-  """x and y of the tile's middle."""
+def _middle(tile, strip, tiles):
+  """x and y of the strip's middle."""
   at = tile % (tiles.columns * tiles.rows)
-  return ((at % tiles.columns * TILE[0] + TILE[0] // 2).astype(jnp.float32),
-          (at // tiles.columns * TILE[1] + TILE[1] // 2).astype(jnp.float32))
+  x, y = at % tiles.columns * tiles.width, at // tiles.columns * tiles.height
+  return ((x + STRIP[0] // 2).astype(jnp.float32),
+          (y + (strip * STRIP[1] + STRIP[1] // 2)).astype(jnp.float32))
 
 
 class _Mosaic:
@@ -293,6 +330,12 @@ class _Mosaic:
     self.rows, self.columns = self.matrix.reduce(1), self.matrix.reduce(0)
     self.pixels = mosaic_gpu.Layout.WG_STRIDED((PIXELS,), vec_size=1)
 
+  def lines(self, width):
+    return self._gpu.Layout.WG_STRIDED((WRITE, width), vec_size=width * WRITE // PIXELS)
+
+  def zeros(self, width):
+    return self._gpu.layout_cast(jnp.zeros((WRITE, width), jnp.float32), self.lines(width))
+
   def iota(self, shape, axis, layout):
     return self._gpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
@@ -305,21 +348,40 @@ class _Mosaic:
     self._gpu.commit_smem()
 
   def launch(self, body, programs, out, scratch):
+    """A function that runs the body; without `out` it writes over its first argument."""
+    def call(out_type, run):
+      return self._gpu.kernel(
+          run, out_type=out_type, grid=(programs,), grid_names=("tile",),
+          scratch_types=[self._gpu.SMEM(shape, jnp.float32) for shape in scratch],
+          compiler_params=self._gpu.CompilerParams(
+              lowering_semantics=self._gpu.LoweringSemantics.Lane,
+              unsafe_no_auto_barriers=True))  # `barrier` stands wherever one is needed
+
     def run(*refs):
       body(self, lax.axis_index("tile"), *refs)
 
-    return self._gpu.kernel(
-        run, out_type=out, grid=(programs,), grid_names=("tile",),
-        scratch_types=[self._gpu.SMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=self._gpu.CompilerParams(
-            lowering_semantics=self._gpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True))  # `barrier` stands wherever one is needed
+    def rewrite(first, *rest):
+      ref, k = jax.new_ref(first), 1 + len(rest)
+      call((), lambda *refs: run(*refs[:k], refs[0], *refs[k:]))(ref, *rest)
+      return jax.freeze(ref)
+
+    if out is not None:
+      return lambda *args: call((out,), run)(*args)[0]
+    # Kernels of 0.10 take no references under their rule for `vmap`.
+    return rewrite if jax.__version_info__ >= (0, 11) else (
+        lambda first, *rest: call((_like(first),), run)(first, *rest)[0])
 
 
 class _Interpreter:
   """Where the bodies run: anywhere, one program after the other, for tests."""
 
   matrix = rows = columns = pixels = None
+
+  def lines(self, width):
+    del width
+
+  def zeros(self, width):
+    return jnp.zeros((WRITE, width), jnp.float32)
 
   def iota(self, shape, axis, layout):
     del layout
@@ -336,9 +398,22 @@ class _Interpreter:
     def run(*refs):
       body(self, pl.program_id(0), *refs)
 
-    return pl.pallas_call(
-        run, out_shape=out, grid=(programs,), interpret=True,
-        scratch_shapes=[pl.MemorySpace.ANY(shape, jnp.float32) for shape in scratch])
+    def rewrite(*refs):
+      inputs = len(refs) - 1 - len(scratch)
+      run(refs[inputs], *refs[1:inputs], *refs[inputs:])
+
+    def call(*args):
+      return pl.pallas_call(
+          run if out is not None else rewrite, grid=(programs,), interpret=True,
+          out_shape=_like(args[0]) if out is None else out,
+          input_output_aliases={0: 0} if out is None else {},
+          scratch_shapes=[pl.MemorySpace.ANY(shape, jnp.float32) for shape in scratch])(*args)
+
+    return call
+
+
+def _like(x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 BACKENDS = {"mosaic": _Mosaic, "interpret": _Interpreter}

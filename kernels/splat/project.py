@@ -168,12 +168,14 @@ def shade(
   scale = jax.lax.rsqrt(jnp.where(squared > SHORT, squared, 1))
   x, y, z = (a * scale for a in away)
   basis = harmonics(x, y, z, degree)
-  shown = jnp.sum(basis[:, :, None] * colors[:, :basis.shape[1]], 1)
+  # A sum of terms, since a product of stacks would leave the stacks in memory.
+  bands = jax.lax.split(colors[:, :len(basis)], (1,) * len(basis), 1)
+  shown = sum(b[:, None] * band[:, 0] for b, band in zip(basis, bands, strict=True))
   return jnp.maximum(shown + 0.5, 0)
 
 
 def harmonics(x: Float[Array, " n"], y: Float[Array, " n"], z: Float[Array, " n"],
-              degree: int) -> Float[Array, "n k"]:
+              degree: int) -> list[Float[Array, " n"]]:
   """Real spherical harmonics up to `degree` (0..3) of unit vectors, in the usual order."""
   basis = [jnp.full_like(x, 0.5 * math.sqrt(1 / math.pi))]
   if degree > 0:
@@ -189,4 +191,4 @@ def harmonics(x: Float[Array, " n"], y: Float[Array, " n"], z: Float[Array, " n"
     basis += [-c3 * y * (3 * x * x - y * y), c2 * x * y * z, -c1 * y * (5 * z * z - 1),
               c0 * z * (5 * z * z - 3), -c1 * x * (5 * z * z - 1),
               0.5 * c2 * z * (x * x - y * y), -c3 * x * (x * x - 3 * y * y)]
-  return jnp.stack(basis, 1)
+  return basis

@@ -13,7 +13,9 @@ class Config:
 
   Attributes:
     tile: width and height of a tile in px; both divide 16, the grid of the official extent
-      rule. On GPUs `pallas` takes (16, 8) only: a pixel a thread.
+      rule. On GPUs `pallas` needs a width of 16 and a height in eights.
+    coarse: the tile for large images of few splats, which cover many tiles each; not with the
+      official extent rule.
     block: splats of one tile that `xla`, and `pallas` on TPUs, handle together.
     group: blocks that `xla` handles at once; bounds its working memory. Their number is
       rounded up to a multiple of it.
@@ -23,6 +25,7 @@ class Config:
   """
 
   tile: tuple[int, int] = (16, 8)
+  coarse: tuple[int, int] | None = None
   block: int = 32
   group: int = 1024
   backend: str = "interpret"
@@ -34,13 +37,24 @@ TUNED = {
     ("cpu", "xla"): Config(tile=(8, 8), block=32, group=64, pairs=32),
     ("cpu", "pallas"): Config(backend="interpret"),
     ("gpu", "xla"): Config(tile=(16, 16), block=32, group=2048),
-    ("gpu", "pallas"): Config(backend="mosaic"),
+    ("gpu", "pallas"): Config(backend="mosaic", coarse=(16, 32)),
     ("tpu", "pallas"): Config(tile=(16, 16), block=128, group=1, backend="tpu"),
 }
 # The kernels for TPUs have been lowered and interpreted but never run, hence none for "tpu".
 DEFAULT = {"gpu": "pallas"}  # elsewhere "xla"
 
 
+LARGE = 2**20  # pixels of an image
+FEW = 8  # pixels a splat
+
+
 def pick(platform: str, implementation: str) -> Config:
   """The settings for an implementation on a platform ("cpu", "gpu", "tpu")."""
   return TUNED.get((platform, implementation), Config())
+
+
+def coarsen(config: Config, splats: int, pixels: int) -> Config:
+  """The settings for so many splats and pixels of an image."""
+  if config.coarse and pixels >= max(LARGE, FEW * splats):
+    return dataclasses.replace(config, tile=config.coarse)
+  return config

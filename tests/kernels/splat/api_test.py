@@ -214,6 +214,25 @@ def test_implementations_agree_with_the_reference(name, extent, implementation):
   assert_same_gradients(grads, expected)
 
 
+def test_tiles_of_several_strips_show_the_same(monkeypatch):
+  config = tuning.Config(backend="interpret", tile=(16, 8), coarse=(16, 32))
+  inputs = scene(CASES["sharp"])
+  expected, shown = differentiate(inputs, implementation="xla")
+  monkeypatch.setitem(tuning.TUNED, ("cpu", "pallas"), config)
+  monkeypatch.setattr(tuning, "LARGE", 0)
+  monkeypatch.setattr(tuning, "FEW", 0)
+  grads, out = differentiate(inputs, implementation="pallas")
+  chex.assert_trees_all_close(out, shown, atol=1e-4)
+  assert_same_gradients(grads, expected)
+
+
+def test_coarse_tiles_are_for_large_images_of_few_splats():
+  config = tuning.pick("gpu", "pallas")
+  assert tuning.coarsen(config, 30_000, 1024**2).tile == (16, 32)
+  assert tuning.coarsen(config, 30_000, 512**2) == config
+  assert tuning.coarsen(config, 1_000_000, 1024**2) == config
+
+
 def test_extents_differ_by_what_official_cuts_off():
   inputs = scene(CASES["sharp"]) | dict(capacity=CAPACITY)
   exact, official = (rasterize(**inputs, extent=e).color for e in api.EXTENTS)

@@ -86,11 +86,12 @@ def test_harmonics_are_orthonormal():
   ring = np.sqrt(1 - z**2)[:, None]
   directions = np.stack([ring * np.cos(angle), ring * np.sin(angle),
                          np.repeat(z[:, None], 16, 1)], -1).reshape(-1, 3)
-  basis = np.asarray(project.harmonics(*jnp.asarray(directions, jnp.float32).T, 3))
+  directions = jnp.asarray(directions, jnp.float32).T
+  basis = np.stack(project.harmonics(*directions, 3), 1)
   weights = np.repeat(weight, 16) * 2 * np.pi / 16
   np.testing.assert_allclose(basis.T @ (basis * weights[:, None]), np.eye(16), atol=1e-5)
   for degree in range(3):
-    np.testing.assert_allclose(project.harmonics(*jnp.asarray(directions, jnp.float32).T, degree),
+    np.testing.assert_allclose(np.stack(project.harmonics(*directions, degree), 1),
                                basis[:, :(degree + 1)**2], atol=1e-6)
 
 

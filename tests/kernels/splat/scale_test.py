@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels.splat import rasterize
+from kernels.splat import api, rasterize
 from kernels.splat.cases import CASES, scene
 
 SPLATS = ("means", "quats", "scales", "opacities", "colors", "features")
@@ -62,6 +62,30 @@ def test_cameras_spread_over_devices(implementation):
   chex.assert_trees_all_close(got, (want.color, want.depth, want.radii), atol=1e-5)
   for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(expected), strict=True):
     assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="one device: nothing to spread over")
+def test_the_kernels_spread_if_unchecked_and_say_so_otherwise(monkeypatch):
+  inputs = scene(CASES["sharp"]) | dict(capacity=CAPACITY)
+  viewmats = np.tile(inputs.pop("viewmats"), (2, 1, 1))
+  viewmats[1, 0, 3] = 0.02
+  alone = [rasterize(**inputs, viewmats=v[None]).color[0] for v in viewmats]
+
+  def spread(implementation, check):
+    def draw(viewmats):
+      return rasterize(**inputs, viewmats=viewmats, implementation=implementation).color
+
+    cameras = PartitionSpec("cameras")
+    return jax.jit(jax.shard_map(draw, mesh=Mesh(np.array(jax.devices()[:2]), ("cameras",)),
+                                 in_specs=cameras, out_specs=cameras, check_vma=check))(viewmats)
+
+  np.testing.assert_allclose(spread("pallas", False), np.stack(alone), atol=1e-4)
+  with pytest.raises(ValueError, match="check_vma=False"):
+    spread("pallas", True)
+  monkeypatch.setattr(api, "_choose", lambda platform: ("pallas", "for the test"))
+  with pytest.warns(RuntimeWarning, match="check_vma=False, so plain XLA"):
+    shown = spread(None, True)
+  np.testing.assert_allclose(shown, np.stack(alone), atol=1e-4)
 
 
 @pytest.mark.parametrize("extent", ("exact", "official"))
