@@ -12,7 +12,6 @@ import errno
 import importlib.util
 import io
 import logging
-import os
 import pathlib
 import re
 import sys
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from uajax import config
+from uajax import cache, config
 from uajax.errors import Stopped, UserError
 
 Path = pathlib.Path
@@ -305,8 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   words = [word for word in words if word != "--debug"]
   if words and words[0] in LATER:
     return _fail(f"`uajax {words[0]}` ({LATER[words[0]]}) comes with a later version", 2)
-  _keep_compiled()
   logging.basicConfig(level=logging.WARNING, format="uajax: %(message)s")
+  cache.keep_compiled()
   try:
     command = parse(words)
     return command.run()
@@ -416,12 +415,6 @@ def _train_defaults(words: Sequence[str]) -> Train:
     # A name that is not a preset is refused by the second pass, which knows the choices.
     experiment = config.PRESETS.get(known.preset, config.quick)()
   return Train(subject=tyro.MISSING, workdir=tyro.MISSING, config=experiment)
-
-
-def _keep_compiled() -> None:
-  """Compiled programs outlive the process; JAX reads this when it is first imported."""
-  cache = os.environ.get("UAJAX_CACHE") or Path.home() / ".cache" / "uajax"
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "jax"))
 
 
 def _flatten(box: str) -> str:

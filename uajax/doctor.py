@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
+from uajax import cache
+
 FREE_DISK_GIB = 6  # a demo run with its clips
 MEMORY_GIB = 6
 PYTHONS = ((3, 11), (3, 14))  # from, below
@@ -194,20 +196,13 @@ def _machine() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-  if not folder:
-    remedy = "every start compiles anew: set UAJAX_CACHE or JAX_COMPILATION_CACHE_DIR to a folder"
-    yield Finding("warn", "compile cache", "none", remedy)
+  folder = cache.compiled()
+  if not cache.writable(folder):
+    remedy = "every start compiles anew: set UAJAX_CACHE to a folder that you may write to"
+    yield Finding("warn", "compile cache", f"{folder} is not writable", remedy)
     return
-  path = pathlib.Path(folder)
-  nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-  if not os.access(nearest, os.W_OK):
-    remedy = "set UAJAX_CACHE to a folder that you may write to"
-    yield Finding("warn", "compile cache", f"{path} is not writable", remedy)
-    return
-  files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else []
-  size = sum(f.stat().st_size for f in files) / 2**20
-  yield Finding("ok", "compile cache", f"{path}, {len(files)} files, {size:.0f} MiB")
+  size = cache.size_bytes(folder) / 2**20
+  yield Finding("ok", "compile cache", f"{folder}, {size:.0f} MiB")
 
 
 def _codecs() -> Iterator[Finding]:

@@ -8,6 +8,8 @@ import hashlib
 import os
 import pathlib
 
+from uajax.cache import root
+
 
 def folders() -> tuple[pathlib.Path, ...]:
   """Where files are looked for, in order. `$UAJAX_MODELS` may name several, as `$PATH` does."""
@@ -17,8 +19,7 @@ def folders() -> tuple[pathlib.Path, ...]:
 
 def cache() -> pathlib.Path:
   """The folder that fetched files are kept in."""
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(root).expanduser() / "uajax" / "models"
+  return root() / "models"
 
 
 def find(name: str, sha256: str | None = None) -> pathlib.Path | None:

@@ -78,10 +78,13 @@ def test_a_full_disk_and_little_memory_are_said(monkeypatch):
   assert found["disk"].status == found["memory"].status == "warn"
 
 
-def test_an_unwritable_cache_is_said(monkeypatch, tmp_path):
+def test_the_cache_is_named_with_its_size_and_an_unwritable_one_said(monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "a" / "b"))
   (finding,) = doctor._cache()
-  assert finding.status == "ok"
-  monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+  assert finding.status == "ok" and finding.text == f"{tmp_path}/a/b, 0 MiB"
+  (tmp_path / "a").write_bytes(bytes(3 * 2**20))
   (finding,) = doctor._cache()
   assert finding.status == "warn" and "UAJAX_CACHE" in finding.remedy
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  (finding,) = doctor._cache()
+  assert finding.text == f"{tmp_path}, 3 MiB"

@@ -125,6 +125,6 @@ def test_other_files_are_refused(tmp_path, body):
 
 def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
   monkeypatch.setenv("UAJAX_MODELS", str(tmp_path))
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setenv("UAJAX_CACHE", str(tmp_path))
   with pytest.raises(UserError, match="fetch it with `uajax fetch lpips"):
     lpips.load()

@@ -18,7 +18,7 @@ def places(tmp_path, monkeypatch):
   first, second = tmp_path / "first", tmp_path / "second"
   first.mkdir(), second.mkdir()
   monkeypatch.setenv("UAJAX_MODELS", f"{first}:{second}")
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("UAJAX_CACHE", str(tmp_path / "cache"))
   monkeypatch.delenv("UAJAX_OFFLINE", raising=False)
   return first, second
 
