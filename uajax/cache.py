@@ -13,7 +13,6 @@ import warnings
 import zlib
 
 LIMIT_BYTES = 2 * 2**30
-FROM_S = 0.1  # what compiles faster than this is not worth a file
 _log = logging.getLogger("uajax")
 
 
@@ -49,7 +48,8 @@ def keep_compiled() -> None:
                  "folder that you may write to", error)
     return
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(FROM_S))
+  # Small programs too: a hundred of them take as long as a large one.
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   # Should the disk fill up, JAX compiles as ever, and would say so for every single program.
   warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
