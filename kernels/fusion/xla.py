@@ -30,7 +30,7 @@ def fuse(
   if means.shape[1] == 1:  # no spread: all is diagonal
     return _fuse_single(means[:, 0], log_vars[:, 0])
   # The traces take their own path, so that XLA drops it where nobody looks at them.
-  return _mean(means, log_vars, ddof), *_traces(means, log_vars, ddof)
+  return _mean(means, log_vars, ddof), *traces(means, log_vars, ddof)
 
 
 def _fuse_single(means, log_vars):
@@ -50,7 +50,7 @@ class _System(NamedTuple):
   inverse: Float[Array, "n q q"]  # of the system
 
 
-def _contrasts(count: int, ddof: int) -> np.ndarray:
+def contrasts(count: int, ddof: int) -> np.ndarray:
   """Weights [k i] of orthonormal contrasts (Helmert's) over sqrt(count - ddof)."""
   weights = np.zeros((count, count - 1), np.float32)
   for k in range(1, count):
@@ -62,7 +62,7 @@ def _contrasts(count: int, ddof: int) -> np.ndarray:
 def _contrast(means: Float[Array, "m k n z"], ddof: int):
   """Spread [n m i z] and centre [n m z] of the members, both in one pass of running sums."""
   count = means.shape[1]
-  scale = _contrasts(count, ddof)[0]
+  scale = contrasts(count, ddof)[0]
   running, spread = means[:, 0], []
   for k in range(1, count):
     spread.append((running - k * means[:, k]) * float(scale[k - 1]))
@@ -178,7 +178,7 @@ def _mean_backward(ddof, residuals, g):
   push = system.precision * (step[:, None] - moved)  # s_m
   # A_m^T r_m = -w_m and A_m^T s_m = v_m hold exactly at the optimum: taking the products
   # instead would cancel where noise is small beside the spread.
-  weights = jnp.asarray(_contrasts(count, ddof), push.dtype)
+  weights = jnp.asarray(contrasts(count, ddof), push.dtype)
   share = 1 / count + jnp.einsum("ki,nmi->mkn", weights, w, precision="highest")
   turn = jnp.einsum("ki,nmi->mkn", weights, v, precision="highest")
   push, pull = push.swapaxes(0, 1)[:, None], pull.swapaxes(0, 1)[:, None]  # [m 1 n z]
@@ -190,7 +190,7 @@ def _mean_backward(ddof, residuals, g):
 _mean.defvjp(_mean_forward, _mean_backward)
 
 
-def _traces(means, log_vars, ddof):
+def traces(means, log_vars, ddof):
   system = _assemble(means, log_vars, ddof)
   splats, latent = system.total.shape
   share = system.precision / system.total[:, None]

@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from kernels.splat import bins as binning
 from kernels.splat import pallas, pallas_tpu, project, reference, tuning, xla
+from kernels.varying import UNCHECKED, varies
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 EXTENTS = ("exact", "official")
 # The kernels behind implementation="pallas", by backend.
 KERNELS = {"mosaic": pallas, "interpret": pallas, "tpu": pallas_tpu, "tpu interpret": pallas_tpu}
 ROOM = 2**30  # pairs that int32 can number in every implementation
-UNCHECKED = "within jax.shard_map the Pallas kernels need it called with check_vma=False"
 FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
 
 
@@ -128,7 +128,7 @@ def rasterize(
     raise ValueError(f"{extent=} is none of {EXTENTS}")
   platform = jax.default_backend()
   attached = _attached(features.shape[1], detached)
-  varying = any(map(_varies, (means, quats, scales, opacities, colors, viewmats, Ks, features)))
+  varying = varies(means, quats, scales, opacities, colors, viewmats, Ks, features)
   if implementation is None:
     implementation, _ = _choose(platform)
     if implementation == "pallas" and 4 + features.shape[1] > pallas.MOST:
@@ -223,11 +223,6 @@ def _assemble(shown, tiles, cameras):
   split = shown.reshape(cameras, tiles.rows, tiles.columns, -1, tiles.height, tiles.width)
   return split.transpose(0, 3, 1, 4, 2, 5).reshape(
       cameras, -1, tiles.rows * tiles.height, tiles.columns * tiles.width)
-
-
-def _varies(x):
-  """Whether x is checked to vary over devices, as in `shard_map`."""
-  return bool(getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", ()))
 
 
 def _attached(width, detached):

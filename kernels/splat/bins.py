@@ -103,7 +103,7 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
               slots, runs)
 
 
-def sum_by_splat(rows: Float[Array, "q k"], index: Int[Array, " p"], bins: Bins,
+def sum_by_splat(rows: Float[Array, "q w"], width: int, index: Int[Array, " p"], bins: Bins,
                  tiles: Grid) -> Float[Array, "r k"]:
   """Adds up the rows of each splat's pairs, in the same order every time.
 
@@ -112,27 +112,29 @@ def sum_by_splat(rows: Float[Array, "q k"], index: Int[Array, " p"], bins: Bins,
 
   Args:
     rows: a row a pair, in any order.
+    width: how many of their columns count: k.
     index: the row of the pair in each place; without meaning for empty places.
     bins: the pairs.
     tiles: of one camera.
   """
-  fetch = functools.partial(sum_by_runs, longest=tiles.columns * tiles.rows)
-  return lax.platform_dependent(rows, index, bins, cpu=sum_by_scatter, default=fetch)
+  scatter = functools.partial(sum_by_scatter, width=width)
+  fetch = functools.partial(sum_by_runs, width=width, longest=tiles.columns * tiles.rows)
+  return lax.platform_dependent(rows, index, bins, cpu=scatter, default=fetch)
 
 
-def sum_by_scatter(rows, index, bins):
+def sum_by_scatter(rows, index, bins, width):
   """`sum_by_splat`, one row after the other."""
-  rows = rows.at[_used(index, bins, len(rows))].get(mode="fill", fill_value=0)
+  rows = rows[:, :width].at[_used(index, bins, len(rows))].get(mode="fill", fill_value=0)
   return jax.ops.segment_sum(rows, bins.splats, len(bins.runs))
 
 
-def sum_by_runs(rows, index, bins, longest):
+def sum_by_runs(rows, index, bins, width, longest):
   """`sum_by_splat`, all splats at once; none has more than `longest` pairs."""
   # Slots that hold no pair, because the ellipse misses the tile, have no row either.
   index = _used(index, bins, len(rows))
   index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
   fan = 8 if len(index) <= 4 * len(bins.runs) else 16  # 32 would not fuse any more
-  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan)
+  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan)[:, :width]
   return lax.optimization_barrier(sums)  # or all that reads the sums would add up anew
 
 

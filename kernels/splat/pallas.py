@@ -80,8 +80,8 @@ def _backward(attached, tiles, config, residuals, d_shown):
              (tiles.height // STRIP[1] * (m + 1), PIXELS))
   rows = BACKENDS[config.backend]().launch(body, t, None, scratch)(
       pairs, starts, jnp.diff(bins.starts), shown, d_shown)
-  sums = sum_by_splat(rows, _places(bins, starts), bins, tiles)
-  return _d_shape(shapes, sums), sums[:, SHAPE:SHAPE + m], None
+  sums = sum_by_splat(rows, SHAPE + m, _places(bins, starts), bins, tiles)
+  return _d_shape(shapes, sums), sums[:, SHAPE:], None
 
 
 composite.defvjp(_forward, _backward)

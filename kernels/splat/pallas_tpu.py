@@ -91,7 +91,7 @@ def _backward(attached, tiles, config, residuals, d_shown):
   rows = jnp.concatenate([d_shape, d_pairs[..., :values.shape[1]]], -1)
   index = (chunks.starts * config.block - bins.starts)[bins.tiles] + jnp.arange(
       len(bins.splats), dtype=jnp.int32)
-  sums = sum_by_splat(rows.reshape(-1, rows.shape[-1]), index, bins, tiles)
+  sums = sum_by_splat(rows.reshape(-1, rows.shape[-1]), rows.shape[-1], index, bins, tiles)
   return sums[:, :SHAPE], sums[:, SHAPE:], None
 
 

@@ -159,7 +159,7 @@ def _backward(attached, tiles, config, residuals, d_total):
   # From slots of blocks to pairs.
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)
   index = (blocks.starts * config.block - bins.starts)[bins.tiles] + place
-  sums = sum_by_splat(d_rows.reshape(-1, 6 + m), index, bins, tiles)
+  sums = sum_by_splat(d_rows.reshape(-1, 6 + m), 6 + m, index, bins, tiles)
   return sums[:, :6], sums[:, 6:-1], None
 
 

@@ -52,10 +52,13 @@ def sample(
   at = jnp.clip((coordinate + 1) / 2 * (side - 1), 0, side - 1)
   low = jnp.clip(jnp.floor(at), 0, side - 2).astype(jnp.int32)  # the last texel has weight 1
   weight = at - low
-  column, row = (jnp.asarray(axes) for axes in zip(*PAIRS, strict=True))
-  right, down = weight[:, column].T[..., None], weight[:, row].T[..., None]  # [p n 1]
+
+  def by_plane(x, which):  # [n 3] to [p n]; slices, since an index array would be scattered back
+    return jnp.stack([x[:, pair[which]] for pair in PAIRS])
+
+  right, down = by_plane(weight, 0)[..., None], by_plane(weight, 1)[..., None]
   plane = jnp.broadcast_to(jnp.arange(3)[:, None], (3, points.shape[0]))
-  corners = jnp.stack([plane, low[:, row].T, low[:, column].T], -1)
+  corners = jnp.stack([plane, by_plane(low, 1), by_plane(low, 0)], -1)
   # One window of 2 x 2 texels a plane: a quarter of the look-ups, which is what a CPU pays for.
   windows = jax.lax.gather(
     planes, corners,

@@ -101,5 +101,5 @@ def test_refuses_what_it_cannot_fuse():
     fuse(means, log_vars[:, :2])
   with pytest.raises(ValueError, match="ddof"):
     fuse(means, log_vars, ddof=5)
-  with pytest.raises(ValueError, match="unknown implementation"):
+  with pytest.raises(ValueError, match="is none of"):
     fuse(means, log_vars, implementation="fast")  # pyright: ignore[reportArgumentType]

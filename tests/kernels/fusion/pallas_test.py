@@ -1,0 +1,87 @@
+"""The fusion's Pallas kernels: they fuse as the definition does, and lower without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.fusion import api, bench, fuse, pallas
+
+HAS_GPU = any(d.platform == "gpu" for d in jax.devices())
+
+
+def gradients(means, log_vars, **settings):
+  """Of something that looks at the mean alone, and of something that looks at all."""
+  def looks(means, log_vars, count):
+    out = fuse(means, log_vars, **settings)
+    return sum(jnp.sum(jnp.sin(x)) for x in out[:count]), out
+
+  go = jax.jit(jax.grad(looks, (0, 1), has_aux=True), static_argnums=2)
+  one, out = go(means, log_vars, 1)
+  return out, one, go(means, log_vars, 3)[0]
+
+
+# A block of splats and a bit, then less than one; many modalities, then many members.
+@pytest.mark.parametrize("modalities,members,splats,latent,ddof,noise", [
+  (4, 2, 130, 4, 1, 0.0), (2, 3, 40, 8, 0, -4.0)])
+def test_fuses_as_plain_jax_does(modalities, members, splats, latent, ddof, noise):
+  means, log_vars = bench.beliefs(modalities, members, splats, latent)
+  log_vars = 0.5 * log_vars + noise
+  expected = gradients(means, log_vars, ddof=ddof, implementation="xla")
+  got = gradients(means, log_vars, ddof=ddof, implementation="pallas")
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert a.shape == b.shape
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_members_that_agree_leave_no_epistemic_doubt():
+  means = jnp.broadcast_to(jnp.arange(8.0).reshape(2, 1, 1, 4), (2, 3, 5, 4))
+  out = fuse(means, jnp.zeros((2, 3, 5, 4)), implementation="pallas")
+  np.testing.assert_allclose(out.mean, np.tile(np.arange(4) + 2.0, (5, 1)), rtol=1e-6)
+  np.testing.assert_allclose(out.epistemic, 0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mapped", (False, True))
+def test_lowers_for_cuda_without_a_gpu(mapped):
+  def both(means, log_vars):
+    mean, vjp = jax.vjp(lambda m, s: pallas.fuse(m, s, 1)[0], means, log_vars)
+    return pallas.fuse(means, log_vars, 1), vjp(mean)
+
+  shape = jax.ShapeDtypeStruct((2, 3, 4, 200, 16) if mapped else (3, 4, 200, 16), jnp.float32)
+  run = jax.jit(jax.vmap(both) if mapped else both)
+  text = run.trace(shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("mosaic_gpu_v2") >= 3
+
+
+def test_what_the_kernels_do_not_hold_is_refused_or_left_to_plain_jax(monkeypatch):
+  means, log_vars = bench.beliefs(2, 3, 4, 5)
+  monkeypatch.setattr(pallas, "MOST_UNKNOWNS", 3)
+  with pytest.raises(ValueError, match="take implementation='xla'"):
+    fuse(means, log_vars, implementation="pallas")
+  monkeypatch.setattr(api, "choose", lambda: ("pallas", "for the test"))
+  np.testing.assert_array_equal(
+    fuse(means, log_vars).mean, fuse(means, log_vars, implementation="xla").mean)
+
+
+def test_a_gpu_whose_compiler_fails_is_warned_of_once(monkeypatch):
+  monkeypatch.setattr(api, "_trial", lambda: "no such instruction")
+  api._choose.cache_clear()
+  with pytest.warns(RuntimeWarning, match="no such instruction"):
+    chosen, reason = api._choose("gpu")
+  assert chosen == "xla" and "no such instruction" in reason
+  api._choose.cache_clear()
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU: the Mosaic kernels run on none but NVIDIA's")
+@pytest.mark.parametrize("modalities", (4, 3))
+@pytest.mark.parametrize("noise", (0.0, -9.0))
+def test_fuses_right_on_a_gpu(modalities, noise):
+  means, log_vars = bench.beliefs(modalities, 10, 1000, 48)
+  log_vars = 0.5 * log_vars + noise
+  assert api.choose()[0] == "pallas"
+  expected = gradients(means, log_vars, implementation="xla")
+  got, again = (gradients(means, log_vars) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, got, again)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
