@@ -1,4 +1,4 @@
-# Every command there is. Variables: DEVICE=cuda13|cuda12|tpu for setup; SUBJECT, RUN, VIDEO, AUDIO, OUT, EXPERIMENT, PRESET, ARGS.
+# Every command there is. Variables: DEVICE=cuda13|cuda12|tpu for setup; SUBJECT, RUN, VIDEO, AUDIO, OUT, EXPERIMENT, PRESET, PROCESSES, ARGS.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,6 +6,7 @@ DEVICE ?= cpu
 SUBJECT ?= data/subject
 RUN ?= runs/subject
 PRESET ?= quick
+PROCESSES ?= logical
 ARGS ?=
 
 .PHONY: setup demo test test-device test-all lint format bench doctor preprocess extract train synthesize evaluate export clean
@@ -20,8 +21,8 @@ setup:  ## creates .venv and installs everything; DEVICE adds the accelerator's 
 demo:  ## a procedural person from nothing to a talking video in demo/, on any CPU
 	$(BIN)/uajax demo --out demo
 
-test:
-	$(BIN)/python -m pytest -m "not device and not slow" $(ARGS)
+test:  ## a process for every core, four at most; PROCESSES=0 runs all in this one
+	$(BIN)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist loadfile -m "not device and not slow" $(ARGS)
 
 test-device:  ## the kernels on the accelerator at hand
 	JAX_PLATFORMS= $(BIN)/python -m pytest -m device $(ARGS)

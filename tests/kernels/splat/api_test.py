@@ -69,9 +69,7 @@ def assert_same_gradients(got, expected, rtol=1e-3):
 
 
 def test_one_splat_shows_its_colour_where_it_stands():
-  inputs = tiny()
-  one = {k: inputs[k][:1] for k in ("means", "quats", "scales", "opacities", "colors")}
-  out = rasterize(**inputs | one)
+  out = rasterize(**tiny(opacities=np.array([0.5, 0, 0], np.float32)))
   # Its mean projects onto (15, 11), the corner of four pixels: sigma^2 = (40 * 0.2 / 2)^2 + 0.3.
   alpha = 0.5 * np.exp(-0.25 / (16 + 0.3))
   np.testing.assert_allclose(out.alpha[0, 10:12, 14:16, 0], alpha, rtol=1e-5)
@@ -104,11 +102,11 @@ def test_light_is_neither_made_nor_lost():
   # White before white is white; with SH, 0.5 of each channel comes from zeros.
   white = np.zeros_like(inputs["colors"])
   white[:, 0] = 0.5 / 0.28209479
-  ones = np.ones((n, 1), np.float32)
+  ones = np.ones((n, 2), np.float32)
   out = rasterize(**inputs | dict(colors=white, features=ones,
                                   backgrounds=np.ones(3, np.float32)))
   np.testing.assert_allclose(out.color, 1, atol=1e-5)
-  np.testing.assert_allclose(out.features, out.alpha, atol=1e-5)
+  np.testing.assert_allclose(out.features, np.tile(out.alpha, 2), atol=1e-5)
   assert out.alpha.min() >= 0 and 0.9 < out.alpha.max() <= 1 - 1e-4 + 1e-6
 
 
