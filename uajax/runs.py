@@ -37,6 +37,7 @@ VERSION = 1
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read
 _UNNAMED = "orbax-checkpoint-tmp*"  # how Orbax calls a checkpoint that it still writes
+_OLD = "old"  # where checkpoints go to be deleted: none loses files while it has its name
 _log = logging.getLogger("uajax")
 
 
@@ -200,6 +201,7 @@ class Saver:
     with self._explained():
       self._manager.wait_until_finished()
     self._newest, self._writing = self._writing, None
+    self._sweep()
 
   def close(self) -> None:
     try:
@@ -216,11 +218,16 @@ class Saver:
       for folder in run.checkpoints.glob("*"):  # unreadable ones would crowd out the good ones
         if folder.name.isdigit() and int(folder.name) > self._newest:
           shutil.rmtree(folder)
+      self._sweep()
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=run.experiment.keep, enable_async_checkpointing=True,
+        max_to_keep=run.experiment.keep, todelete_subdir=_OLD, enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._seal))
       self._manager = ocp.CheckpointManager(run.checkpoints.resolve(), options=options)
     return self._manager
+
+  def _sweep(self) -> None:
+    """Deletes the checkpoints that later ones have replaced."""
+    shutil.rmtree(self._run.checkpoints / _OLD, ignore_errors=True)
 
   def _seal(self) -> None:
     """Adds the digests; Orbax calls this in its thread before the checkpoint gets its name."""

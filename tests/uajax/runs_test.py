@@ -204,3 +204,13 @@ def test_a_full_disk_leaves_the_checkpoints_before(run):
   assert sorted(path.name for path in run.checkpoints.iterdir()) == ["1", "2"]
   run.save(avatar(3), state(3), runs.Progress(0, 3, 3))
   assert restored(run) == 3
+
+
+def test_a_checkpoint_that_goes_loses_its_name_before_its_files(run, monkeypatch):
+  with monkeypatch.context() as patch:  # killed before the first file is deleted
+    patch.setattr(runs.Saver, "_sweep", lambda _: None)
+    for number in (3, 4):
+      run.save(avatar(number), state(number), runs.Progress(0, number, number))
+  assert run.steps() == [2, 3, 4] and all(run.read(step) for step in run.steps())
+  run.save(avatar(5), state(5), runs.Progress(0, 5, 5))
+  assert sorted(path.name for path in run.checkpoints.iterdir()) == ["3", "4", "5"]
