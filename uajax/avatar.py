@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from uajax import config as config_
 from uajax import types
-from uajax.models.motion import FaceMotion, MouthMotion
+from uajax.models.motion import FaceMotion, MouthMotion, Places
 from uajax.render import render_layer
 from uajax.types import Controls, Splats
 
-__all__ = ["Avatar", "Controls", "Deformation", "Layer", "Splats", "deform", "face_motion",
-           "init_motion", "mouth_motion", "render"]
+__all__ = ["Avatar", "Controls", "Deformation", "Known", "Layer", "Splats", "deform", "face_motion",
+           "init_motion", "know", "mouth_motion", "render"]
 
 
 class Layer(flax.struct.PyTreeNode):
@@ -54,40 +54,63 @@ def init_motion(key: PRNGKeyArray, config: config_.Motion) -> tuple[dict, dict]:
           jax.jit(MouthMotion(config).init)(mouth, points, controls)["params"])
 
 
+class Known(NamedTuple):
+  """What is known of both layers' splats whatever the frame; see `know`."""
+
+  face: Places
+  mouth: Places
+
+
+@jax.jit
+def know(avatar: Avatar) -> Known:
+  """All of the motion networks that depends on the splats alone, to be had once for many frames."""
+  return Known(*(
+    cast(Places, network.apply({"params": layer.motion}, layer.splats.means, method="places"))
+    for network, layer in ((FaceMotion(avatar.config), avatar.face),
+                           (MouthMotion(avatar.config), avatar.mouth))))
+
+
 def face_motion(
-  avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None
+  avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
+  places: Places | None = None,
 ) -> types.Motion:
   """How the face's splats move; see `deform`."""
-  return _move(FaceMotion(avatar.config), avatar.face, controls, members)
+  return _move(FaceMotion(avatar.config), avatar.face, controls, members, places)
 
 
 def mouth_motion(
-  avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None
+  avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
+  places: Places | None = None,
 ) -> types.Motion:
   """How the mouth's splats move; see `deform`."""
-  return _move(MouthMotion(avatar.config), avatar.mouth, controls, members)
+  return _move(MouthMotion(avatar.config), avatar.mouth, controls, members, places)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members) -> types.Motion:
-  answer = network.apply({"params": layer.motion}, layer.splats.means, controls, members)
+def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members, places
+          ) -> types.Motion:
+  method, about = ("__call__", layer.splats.means) if places is None else ("move", places)
+  answer = network.apply({"params": layer.motion}, about, controls, members, method=method)
   return cast(types.Motion, answer)
 
 
 def deform(
-  avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None
+  avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
+  known: Known | None = None,
 ) -> Deformation:
   """How both layers' splats move at one frame.
 
   Args:
     members: the ensemble member to ask a modality (audio, content, style, emotion; the mouth
       has no emotion): stage 1 of training. None asks and fuses all (stage 2).
+    known: what `know` says of the avatar, where many frames share it.
 
   Raises:
     UserError: where the audio windows are not those the avatar was trained with.
   """
-  return Deformation(face_motion(avatar, controls, members),
-                     mouth_motion(avatar, controls, members))
+  face, mouth = (None, None) if known is None else known
+  return Deformation(face_motion(avatar, controls, members, face),
+                     mouth_motion(avatar, controls, members, mouth))
 
 
 def render(
@@ -97,6 +120,8 @@ def render(
   background: Float[Array, "h w 3"],
   *,
   members: Int[Array, " 4"] | None = None,
+  known: Known | None = None,
+  doubt: bool = True,
   implementation: str | None = None,
   capacity: int | None = None,
   extent: str = "exact",
@@ -105,26 +130,29 @@ def render(
 
   Args:
     background: what is behind the head, 0..1; its size is the picture's.
-    members: as in `deform`.
+    members, known: as in `deform`.
+    doubt: whether uncertainty and attention are drawn too; without they are zero and cost nothing.
     implementation, capacity, extent: as in `kernels.splat.rasterize`.
 
   Raises:
     UserError: where the audio windows are not those the avatar was trained with.
   """
   height, width, _ = background.shape
-  motion = deform(avatar, controls, members)
+  motion = deform(avatar, controls, members, known)
   black = jnp.zeros(3, background.dtype)
   draw = functools.partial(
     render_layer, camera=camera, width=width, height=height, background=black,
     implementation=implementation, capacity=capacity, extent=extent)
   seen = jnp.concatenate(
     [(motion.face.aleatoric + motion.face.epistemic)[:, None], motion.face.attention], -1)
-  face = draw(avatar.face.splats, avatar.face.alive, motion.face, features=seen, detached=True)
+  face = draw(avatar.face.splats, avatar.face.alive, motion.face,
+              features=seen if doubt else None, detached=True)
+  features = face.features if doubt else jnp.zeros((height, width, 3), background.dtype)
   mouth = draw(avatar.mouth.splats, avatar.mouth.alive, motion.mouth)
   return types.Image(
     composite=composite(face.color, face.alpha, mouth.color, mouth.alpha, background),
     face=face.color, face_alpha=face.alpha, mouth=mouth.color, mouth_alpha=mouth.alpha,
-    uncertainty=face.features[..., 0], attention=face.features[..., 1:],
+    uncertainty=features[..., 0], attention=features[..., 1:],
     overflow=face.overflow + mouth.overflow)
 
 

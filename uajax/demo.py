@@ -146,7 +146,7 @@ def _judge(avatar: Avatar, clip: Clip) -> dict[str, np.ndarray]:
       camera = jax.tree.map(lambda leaf, i=i: leaf[i], frame.camera)
       yield synthesize.Scene(controls, camera, frame.background[i])
 
-  drawn = [image.image for image in synthesize.draw(avatar, scenes())]
+  drawn = [image.image for image in synthesize.draw(avatar, scenes(), doubt=False)]
   return {"truth": frame.image, "render": np.stack(drawn)}
 
 

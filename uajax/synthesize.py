@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from uajax.avatar import Avatar, render
+from uajax.avatar import Avatar, Known, know, render
 from uajax.errors import UserError
 from uajax.progress import Progress
 from uajax.types import ACTION_UNITS, FPS, Camera, Controls
@@ -127,7 +127,7 @@ def synthesize(
 
   def behind(pose: int) -> np.ndarray:
     if background == "subject":
-      return source.pictures(pose)[1]
+      return np.asarray(source.pictures(pose).background)
     return np.full((source.height, source.width, 3), COLOURS[background], np.uint8)
 
   def scenes() -> Iterator[Scene]:
@@ -142,7 +142,8 @@ def synthesize(
       controls = Controls(*heard)
       yield Scene(controls, cameras[poses[i]], picture)
 
-  drawn = _report(draw(avatar, scenes()), Progress("synthesize", frames))
+  drawn = _report(draw(avatar, scenes(), doubt=uncertainty is not None),
+                  Progress("synthesize", frames))
   write = functools.partial(media.write_video, fps=FPS, audio=sound)
   if uncertainty is None:
     write(out, (frame.image for frame in drawn))
@@ -199,8 +200,13 @@ def eyes(
     at += len(BLINK) / FPS
 
 
-def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterator[Drawn]:
+def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK, *, doubt: bool = True
+         ) -> Iterator[Drawn]:
   """Renders frame after frame; the device draws a chunk while the one before is handed out.
+
+  Args:
+    chunk: frames a compiled call draws.
+    doubt: whether the uncertainty is wanted; zeros, sooner, if not.
 
   Raises:
     UserError: the avatar holds values that are not finite (splats of such are not drawn at all,
@@ -210,7 +216,7 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
     raise UserError("the avatar holds NaN or infinity: its training diverged, train it anew")
   scenes = iter(scenes)
   waiting: tuple[int, Scene, tuple] | None = None
-  capacity = None
+  capacity, known = None, know(avatar)
   while True:
     taken = list(itertools.islice(scenes, chunk))
     begun = None
@@ -218,13 +224,13 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
       # The last chunk is filled up: a second shape would compile again.
       filled = taken + taken[-1:] * (chunk - len(taken))
       stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
-      begun = len(taken), stacked, _draw(avatar, stacked, capacity)
+      begun = len(taken), stacked, _draw(avatar, known, stacked, capacity, doubt)
     if waiting is not None:
       count, stacked, results = waiting
       while int(results[2].max()):  # splats were left out: once more, with room for them
         slots = max(len(avatar.face.alive), len(avatar.mouth.alive))
         capacity = 64 * slots if capacity is None else 2 * capacity
-        results = _draw(avatar, stacked, capacity)
+        results = _draw(avatar, known, stacked, capacity, doubt)
       images, maps = np.asarray(results[0]), np.asarray(results[1])
       for i in range(count):
         yield Drawn(images[i], maps[i])
@@ -233,11 +239,12 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK) -> Iterato
     waiting = begun
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def _draw(avatar: Avatar, scenes: Scene, capacity: int | None):
+@functools.partial(jax.jit, static_argnames=("capacity", "doubt"))
+def _draw(avatar: Avatar, known: Known, scenes: Scene, capacity: int | None, doubt: bool):
   def one(scene: Scene):
     back = jnp.asarray(scene.background, jnp.float32) / 255
-    image = render(avatar, scene.controls, scene.camera, back, capacity=capacity)
+    image = render(avatar, scene.controls, scene.camera, back, known=known, doubt=doubt,
+                   capacity=capacity)
     pixels = jnp.round(image.composite * 255).astype(jnp.uint8)
     return pixels, image.uncertainty, image.overflow
 

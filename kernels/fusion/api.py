@@ -79,13 +79,13 @@ def fuse(
   return Fused(*run(means, log_vars, ddof))
 
 
-def choose() -> tuple[str, str]:
+def choose() -> tuple[Implementation, str]:
   """The implementation that fuses ensembles where `fuse` is given none, and why."""
   return _choose(jax.default_backend())
 
 
 @functools.cache
-def _choose(platform: str) -> tuple[str, str]:
+def _choose(platform: str) -> tuple[Implementation, str]:
   if platform != "gpu":
     return "xla", f"the default on {platform}"
   problem = _trial()

@@ -50,7 +50,8 @@ def fuse(
   means, log_vars = (jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) if short else x
                      for x in (means, log_vars))
   means, log_vars = means.swapaxes(2, 3), log_vars.swapaxes(2, 3)
-  mean, aleatoric, epistemic = _fuse(means, log_vars, ddof, backend)
+  fused: Any = _fuse(means, log_vars, ddof, backend)
+  mean, aleatoric, epistemic = fused
   return mean.T[:splats], aleatoric[:splats], epistemic[:splats]
 
 

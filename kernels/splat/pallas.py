@@ -197,10 +197,10 @@ def _backward_body(on, tile, pairs, starts, counts, shown, d_shown, rows_out,
     return carry, moments
 
   def run(at, carry):
-    carry, row = list(carry), None
+    carry, row = list(carry), []
     for strip in strips:
       carry[strip], moments = gather(strip, at, carry[strip])
-      row = moments if row is None else [a + b for a, b in zip(row, moments, strict=True)]
+      row = [a + b for a, b in zip(row, moments, strict=True)] if row else moments
     field = on.iota(written.shape, 1, on.matrix)
     together = jnp.zeros(field.shape, jnp.float32)
     for i, numbers in enumerate(row):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uajax.avatar import Avatar, Controls, Layer, composite, deform, init_motion, render
+from uajax.avatar import Avatar, Controls, Layer, composite, deform, init_motion, know, render
 from uajax.camera import from_opengl
 from uajax.config import Motion, Planes
 from uajax.render import render_layer
@@ -107,6 +107,19 @@ def test_a_frame_has_all_its_layers(avatar, controls, camera):
   empty = np.asarray(image.face_alpha + image.mouth_alpha)[..., 0] == 0
   assert empty.any()
   np.testing.assert_allclose(image.composite[empty], background[empty], atol=1e-6)
+
+
+def test_what_is_known_of_the_places_or_not_asked_for_changes_no_picture(avatar, controls, camera):
+  background = jnp.full((HEIGHT, WIDTH, 3), 0.5)
+  run = jax.jit(lambda known, doubt: render(avatar, controls, camera, background, known=known,
+                                            doubt=doubt), static_argnums=1)
+  whole = run(None, True)
+  known = run(know(avatar), True)
+  for a, b in zip(known, whole, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  bare = run(know(avatar), False)
+  np.testing.assert_allclose(bare.composite, whole.composite, atol=1e-6)
+  assert np.abs(whole.uncertainty).max() > 0 == np.abs(bare.uncertainty).max()
 
 
 def test_drawing_compiles_for_many_frames_at_once(avatar, controls, camera):

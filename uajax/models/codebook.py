@@ -31,16 +31,22 @@ class Emotion(NamedTuple):
 class EmotionEncoder(nn.Module):
   config: PlanesConfig
 
-  @nn.compact
-  def __call__(self, emotion: Float[Array, " 128"], points: Float[Array, "n 3"]) -> Emotion:
+  def setup(self):
     width = self.config.features
-    query = Linear(width, name="query")(emotion)
-    codes = []
-    for i, multiple in enumerate(self.config.multiples):
-      book = self.param(f"codebook_{i}", uniform(*PLANE), (ENTRIES * multiple, width))
-      codes.append(look_up(book, query))
-    features = Planes(self.config, name="planes")(points)
-    return Emotion(jnp.concatenate(features, -1), jnp.concatenate(codes))
+    self.query = Linear(width)
+    self.books = [self.param(f"codebook_{i}", uniform(*PLANE), (ENTRIES * multiple, width))
+                  for i, multiple in enumerate(self.config.multiples)]
+    self.planes = Planes(self.config)
+
+  def __call__(self, emotion: Float[Array, " 128"], points: Float[Array, "n 3"]) -> Emotion:
+    return Emotion(self.features(points), self.code(emotion))
+
+  def features(self, points: Float[Array, "n 3"]) -> Float[Array, "n f"]:
+    return jnp.concatenate(self.planes(points), -1)
+
+  def code(self, emotion: Float[Array, " 128"]) -> Float[Array, " f"]:
+    query = self.query(emotion)
+    return jnp.concatenate([look_up(book, query) for book in self.books])
 
 
 def look_up(book: Float[Array, "e c"], query: Float[Array, " c"]) -> Float[Array, " c"]:

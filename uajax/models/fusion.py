@@ -10,9 +10,12 @@ Axes: n splats, m modalities, k members (T of them, or 1 where one is picked), h
 z latent, f features of a modality that vary over splats, c features that do not.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -31,7 +34,7 @@ class Modality(NamedTuple):
 
 
 class Layers(NamedTuple):
-  """Weights and biases of one linear layer of an ensemble's members."""
+  """Weights and biases of one linear layer of a modality's members."""
 
   kernel: Float[Array, "*m k i o"]
   bias: Float[Array, "*m k o"]
@@ -47,8 +50,8 @@ class Ensemble(nn.Module):
   @nn.compact
   def __call__(
     self, x: Modality, member: Int[Array, ""] | None
-  ) -> tuple[Float[Array, "k n h"], Layers, Layers]:
-    """Returns the hidden layer's output and the layers that read mean and log-variance from it."""
+  ) -> tuple[Layers, Layers, Layers]:
+    """Returns the hidden layer of what varies, and those that read mean and log-variance."""
     fixed = 0 if x.constant is None else x.constant.shape[0]
     first = self._layers("hidden", fixed + x.varying.shape[1], self.hidden, member)
     mean = self._layers("mean", self.hidden, self.latent, member)
@@ -59,7 +62,7 @@ class Ensemble(nn.Module):
     kernel = first.kernel[:, fixed:]
     if x.gain is not None:
       kernel = kernel * x.gain[None, :, None]
-    return nn.relu(jnp.einsum("nf,kfh->knh", x.varying, kernel) + bias[:, None]), mean, log_var
+    return Layers(kernel, bias), mean, log_var
 
   def _layers(self, name: str, inputs: int, outputs: int, member) -> Layers:
     init = within(inputs**-0.5)
@@ -81,20 +84,51 @@ class Ensembles(nn.Module):
   ) -> tuple[Float[Array, "m k n z"], Float[Array, "m k n z"]]:
     """Returns means and log-variances."""
     take = self.config
-    answers = [
+    first, mean, log_var = zip(*(
       Ensemble(take.members, take.hidden, take.latent, name=name)(
         x, None if members is None else members[i])
-      for i, (name, x) in enumerate(modalities.items())
-    ]
-    hidden = jnp.stack([answer[0] for answer in answers])
+      for i, (name, x) in enumerate(modalities.items())), strict=True)
+    # The hidden layers are the widest of all that a frame computes, and cheap to have again.
+    ask: Callable[..., tuple[Array, Array]] = jax.checkpoint(_ask)
+    means, log_vars = ask([x.varying for x in modalities.values()], first, mean, log_var)
+    return means.swapaxes(2, 3), _limit(log_vars, take.log_var_limit).swapaxes(2, 3)
 
-    # Mean and log-variance in one product, splats last: so the fusion's kernels read them.
-    both = [[jnp.concatenate(pair, -1) for pair in zip(mean, log_var, strict=True)]
-            for _, mean, log_var in answers]
-    kernel, bias = (jnp.stack(parts) for parts in zip(*both, strict=True))
-    answer = jnp.einsum("mknh,mkhz->mkzn", hidden, kernel) + bias[..., None]
-    means, log_vars = jnp.split(answer.swapaxes(2, 3), 2, -1)
-    return means, jnp.clip(log_vars, -take.log_var_limit, take.log_var_limit)
+
+def _ask(
+  varying: list[Float[Array, "n _"]],
+  first: Sequence[Layers],
+  mean: Sequence[Layers],
+  log_var: Sequence[Layers],
+) -> tuple[Float[Array, "m k z n"], Float[Array, "m k z n"]]:
+  """Means and log-variances, splats last: so the fusion's kernels read them."""
+  hidden = jnp.stack([
+    nn.relu(jnp.einsum("nf,kfh->knh", x, layer.kernel) + layer.bias[:, None])
+    for x, layer in zip(varying, first, strict=True)])
+
+  def read(layers: Sequence[Layers]):
+    kernel = jnp.stack([layer.kernel for layer in layers])
+    bias = jnp.stack([layer.bias for layer in layers])
+    return jnp.einsum("mknh,mkhz->mkzn", hidden, kernel) + bias[..., None]
+
+  return read(mean), read(log_var)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _limit(x: Array, bound: float) -> Array:
+  """Clips to +-bound. Backward looks at what came out, which is kept anyway, not at x."""
+  return jnp.clip(x, -bound, bound)
+
+
+def _limit_forward(x, bound):
+  out = _limit(x, bound)
+  return out, out
+
+
+def _limit_backward(bound, out, g):
+  return (jnp.where(jnp.abs(out) < bound, g, 0),)
+
+
+_limit.defvjp(_limit_forward, _limit_backward)
 
 
 class UncertaintyFusion(nn.Module):

@@ -7,6 +7,8 @@ The first keys of the parameter trees are the groups that an optimiser tells apa
 Axes: n splats, c channels.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,6 +24,15 @@ from uajax.models.planes import Planes
 FACE_MODALITIES = ("audio", "content", "style", "emotion")  # the order of `members`
 MOUTH_MODALITIES = FACE_MODALITIES[:3]
 _UNIT = 1e-2  # metres, of the heads' displacements
+
+
+class Places(NamedTuple):
+  """What is known of splats whatever the frame. The mouth has the first alone."""
+
+  where: Float[Array, "n p"]  # what the tri-planes say of the positions
+  channels: Float[Array, "n c"]  # how much of each channel that is heard they heed
+  eyes: Float[Array, "n 6"]  # and of each action unit
+  felt: Float[Array, "n f"]  # what the emotion's tri-planes say
 
 
 class Gate(nn.Module):
@@ -53,7 +64,18 @@ class FaceMotion(nn.Module):
 
   config: MotionConfig
 
-  @nn.compact
+  def setup(self):
+    take = self.config
+    self.planes = Planes(take.planes)
+    self.audio, self.audio_attention = AudioNet(take.audio_code), AudioAttention()
+    self.audio_channels, self.eye_attention = Gate(32, take.audio_code), Gate(16, 6)
+    self.expression = Gate(16, 5)
+    self.emotion = EmotionEncoder(take.emotion_planes)
+    self.fusion = UncertaintyFusion(take)
+    self.mean_head = Head(3, take.still_heads)
+    self.rotation_head = Head(4, take.still_heads)
+    self.scale_head = Head(3, take.still_heads)
+
   def __call__(
     self,
     points: Float[Array, "n 3"],
@@ -68,27 +90,35 @@ class FaceMotion(nn.Module):
     Raises:
       UserError: where the audio windows are not those of the config.
     """
-    take = self.config
-    where, heard = _encode(take, points, controls)
-    channels = Gate(32, take.audio_code, name="audio_channels")(where)
-    eyes = nn.relu(Gate(16, 6, name="eye_attention")(where))
-    face = Gate(16, 5, name="expression")(controls.action_units[:5])
+    return self.move(self.places(points), controls, members)
+
+  def places(self, points: Float[Array, "n 3"]) -> Places:
+    """All that depends on the positions alone: at inference it is computed once."""
+    where = jnp.concatenate(self.planes(points), -1)
+    return Places(where, self.audio_channels(where), nn.relu(self.eye_attention(where)),
+                  self.emotion.features(points))
+
+  def move(
+    self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None
+  ) -> types.Motion:
+    """`__call__` for the splats at known places."""
+    heard = _hear(self, controls)
+    face = self.expression(controls.action_units[:5])
     face = jnp.concatenate([face, controls.action_units[5:]])
-    felt = EmotionEncoder(take.emotion_planes, name="emotion")(controls.emotion, points)
+    where, channels, eyes, felt = places
 
     heeded = jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)
     modalities = {
       "audio": Modality(heeded),
       "content": Modality(where, constant=controls.f_exp),
       "style": Modality(where, constant=controls.f_tone),
-      "emotion": Modality(felt.features, felt.code),
+      "emotion": Modality(felt, self.emotion.code(controls.emotion)),
     }
-    code, fused = UncertaintyFusion(take, name="fusion")(modalities, where, members)
-    still = take.still_heads
+    code, fused = self.fusion(modalities, where, members)
     return types.Motion(
-      d_mean=_UNIT * Head(3, still, name="mean_head")(code),
-      d_quat=Head(4, still, name="rotation_head")(code),
-      d_scale=Head(3, still, name="scale_head")(code),
+      d_mean=_UNIT * self.mean_head(code),
+      d_quat=self.rotation_head(code),
+      d_scale=self.scale_head(code),
       attention=jnp.stack([_norm(channels), _norm(eyes)], -1),
       aleatoric=fused.aleatoric,
       epistemic=fused.epistemic,
@@ -100,7 +130,13 @@ class MouthMotion(nn.Module):
 
   config: MotionConfig
 
-  @nn.compact
+  def setup(self):
+    take = self.config
+    self.planes = Planes(take.planes)
+    self.audio, self.audio_attention = AudioNet(take.audio_code), AudioAttention()
+    self.fusion = UncertaintyFusion(take)
+    self.mean_head = Head(3, take.still_heads)
+
   def __call__(
     self,
     points: Float[Array, "n 3"],
@@ -108,17 +144,27 @@ class MouthMotion(nn.Module):
     members: Int[Array, " m"] | None = None,
   ) -> types.Motion:
     """As `FaceMotion`, of three modalities (MOUTH_MODALITIES): a fourth of `members` is ignored."""
-    take = self.config
-    where, heard = _encode(take, points, controls)
+    return self.move(self.places(points), controls, members)
+
+  def places(self, points: Float[Array, "n 3"]) -> Places:
+    """As of `FaceMotion`: the mouth looks at nothing but where it is."""
+    where = jnp.concatenate(self.planes(points), -1)
+    return Places(where, *(where[:, :0],) * 3)
+
+  def move(
+    self, places: Places, controls: types.Controls, members: Int[Array, " m"] | None = None
+  ) -> types.Motion:
+    """`__call__` for the splats at known places."""
+    where = places.where
     modalities = {
-      "audio": Modality(where, constant=heard),
+      "audio": Modality(where, constant=_hear(self, controls)),
       "content": Modality(where, constant=controls.f_exp),
       "style": Modality(where, constant=controls.f_tone),
     }
     members = None if members is None else members[: len(modalities)]
-    code, fused = UncertaintyFusion(take, name="fusion")(modalities, where, members)
-    d_mean = _UNIT * Head(3, take.still_heads, name="mean_head")(code)
-    splats = points.shape[0]
+    code, fused = self.fusion(modalities, where, members)
+    d_mean = _UNIT * self.mean_head(code)
+    splats = where.shape[0]
     return types.Motion(
       d_mean=d_mean * jnp.array([[0.2, 1, 0.2]], d_mean.dtype),  # a jaw moves up and down
       d_quat=jnp.zeros((splats, 4), d_mean.dtype),
@@ -129,17 +175,14 @@ class MouthMotion(nn.Module):
     )
 
 
-def _encode(
-  config: MotionConfig, points: Float[Array, "n 3"], controls: types.Controls
-) -> tuple[Float[Array, "n p"], Float[Array, " c"]]:
-  """What is known of the positions, and what is heard; submodules of the calling module."""
-  want = (types.NEIGHBOURS, config.audio_channels, config.audio_width)
+def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[Array, " c"]:
+  """What a network hears at this frame, the same for all its splats."""
+  take = network.config
+  want = (types.NEIGHBOURS, take.audio_channels, take.audio_width)
   if controls.audio.shape != want:
     raise UserError(f"audio windows are {controls.audio.shape}, this motion network hears {want}: "
                     "use the audio features it was trained with")
-  where = jnp.concatenate(Planes(config.planes, name="planes")(points), -1)
-  codes = AudioNet(config.audio_code, name="audio")(controls.audio)
-  return where, AudioAttention(name="audio_attention")(codes)
+  return network.audio_attention(network.audio(controls.audio))
 
 
 def _norm(x: Float[Array, "n c"]) -> Float[Array, " n"]:
