@@ -100,6 +100,7 @@ class Train:
   config: Annotated[config.Experiment, arg(name="")]
   preset: Preset = "quick"  # demo: CPU, minutes; quick: a GPU, minutes; paper: as published
   experiment: Path | None = None  # a Python file with get_config() -> Experiment, not a preset
+  frames: Literal["auto", "resident", "streamed"] = "auto"  # on the device, or read as it goes
 
   def run(self) -> int:
     from uajax import lpips
@@ -109,7 +110,9 @@ class Train:
       perceptual = lpips.load()
     except UserError:
       perceptual = None  # the loop says what follows from that
-    loop.train(self.subject, self.workdir, self.config, perceptual=perceptual)
+    loop.train(
+      self.subject, self.workdir, self.config, perceptual=perceptual, frames=self.frames
+    )
     print(f"run folder: {self.workdir}; next: uajax evaluate {self.workdir}")
     return 0
 

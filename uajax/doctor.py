@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from uajax import cache
+from uajax.memory import free_bytes
 
 FREE_DISK_GIB = 6  # a demo run with its clips
 MEMORY_GIB = 6
@@ -246,19 +247,5 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _memory_gib() -> float | None:
-  """Memory that a new program can have, the container's limit included; None where unknown."""
-  values = []
-  try:
-    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-      if line.startswith("MemAvailable:"):
-        values.append(int(line.split()[1]) * 1024)
-  except (OSError, ValueError, IndexError):
-    pass
-  try:  # cgroup v2
-    limit = pathlib.Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    if limit != "max":
-      used = int(pathlib.Path("/sys/fs/cgroup/memory.current").read_text())
-      values.append(int(limit) - used)
-  except (OSError, ValueError):
-    pass
-  return min(values) / 2**30 if values else None
+  free = free_bytes()
+  return None if free is None else free / 2**30

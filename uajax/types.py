@@ -59,6 +59,14 @@ class Motion(NamedTuple):
   epistemic: Float[Array, " n"]  # what their disagreement adds to it
 
 
+class Pictures(NamedTuple):
+  """The pictures of a frame, which are nearly all of its bytes."""
+
+  image: UInt8[Array, "h w 3"]
+  background: UInt8[Array, "h w 3"] | None  # torso over clean plate; None where nobody looks at it
+  classes: UInt8[Array, "h w"]  # BACKGROUND .. TORSO
+
+
 class Frame(NamedTuple):
   """One frame of a subject, with all that training needs."""
 

@@ -24,7 +24,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -64,7 +64,7 @@ COLOURS = {
   types.TORSO: (255, 0, 0),
 }
 _LATE = 5  # frames at the end of a video that may lack an audio window; they are left out
-_READERS = 8  # threads that decode pictures; libjpeg and zlib free the interpreter
+READERS = 8  # threads that decode pictures; libjpeg and zlib free the interpreter
 
 
 class Source(Sequence):
@@ -125,14 +125,23 @@ class Source(Sequence):
     parts: list[Any] = [*self.pictures(index), *self.numbers(index)]
     return types.Frame(*parts)
 
-  def pictures(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image uint8 [h w 3], background uint8 [h w 3], classes uint8 [h w]."""
+  def pictures(self, index: int, *, background: bool = True) -> types.Pictures:
+    """Uint8 arrays. Half of the time goes into the background: leave it out where it can be."""
     number, size = self.ids[index], (self.height, self.width)
-    image = _image(self.path / "gt_imgs" / f"{number}.jpg", "RGB", size)
-    background = self._plate
-    if self._torso:
-      torso = _image(self.path / "torso_imgs" / f"{number}.png", "RGBA", size)
-      background = over(torso, self._plate)
+    behind = None
+    if background:
+      behind = self._plate
+      if self._torso:
+        torso = _image(self.path / "torso_imgs" / f"{number}.png", "RGBA", size)
+        behind = over(torso, self._plate)
+    parts: list[Any] = [  # NumPy leaves, as everything on the host
+      _image(self.path / "gt_imgs" / f"{number}.jpg", "RGB", size), behind, self.classes(index)
+    ]
+    return types.Pictures(*parts)
+
+  def classes(self, index: int) -> UInt8[np.ndarray, "h w"]:
+    """What each pixel of a frame is, types.BACKGROUND .. types.TORSO."""
+    number, size = self.ids[index], (self.height, self.width)
     classes = _classes(_image(self.path / "parsing" / f"{number}.png", "RGB", size))
     if number in self._teeth:
       mask = _array(self.path / "teeth_mask" / f"{number}.npy")
@@ -142,7 +151,7 @@ class Source(Sequence):
           "make the teeth masks anew, or remove the folder teeth_mask to go without"
         )
       classes[mask.astype(bool)] = types.MOUTH  # never the face's (Q16)
-    return image, background, classes
+    return classes
 
   def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray]:
     """Camera, controls and lips of a frame: all of it that is no picture."""
@@ -175,26 +184,46 @@ def read(
     UserError: a file lacks, is damaged or does not match the others.
   """
   source = Source(path, split, audio=audio, allow_missing_priors=allow_missing_priors)
-  return stack(source, source.guide, source.ids, workers=_READERS)
+  return stack(source, source.guide, source.ids, workers=READERS)
 
 
 def stack(
   frames: Sequence[types.Frame], guide: types.Guide, ids: Int[np.ndarray, " f"], *, workers: int = 1
 ) -> types.Clip:
   """A clip out of a random-access source, each picture decoded into its final place."""
-  first = frames[0]
+  whole = gather(frames.__getitem__, range(len(frames)), workers=workers)
+  return types.Clip(whole, guide, cast(Any, np.asarray(ids)))
+
+
+def gather(
+  read: Callable[[int], Any],
+  indices: Sequence[int],
+  *,
+  length: int | None = None,
+  workers: int = READERS,
+) -> Any:
+  """What `read` gives for each index, a tree of arrays, stacked along a new first axis.
+
+  Args:
+    indices: at least one.
+    length: of the first axis, if it is to be longer than there are indices; rows without one
+      hold anything.
+    workers: threads that read, each row into its final place.
+  """
   import jax  # only for its trees: NumPy in, NumPy out
 
-  leaves, tree = jax.tree.flatten(first)
-  out = [np.empty((len(frames), *np.shape(leaf)), np.asarray(leaf).dtype) for leaf in leaves]
+  first, tree = jax.tree.flatten(read(indices[0]))
+  rows = length or len(indices)
+  out = [np.empty((rows, *np.shape(leaf)), np.asarray(leaf).dtype) for leaf in first]
 
-  def fill(i: int) -> None:
-    for whole, leaf in zip(out, jax.tree.leaves(frames[i]), strict=True):
-      whole[i] = leaf
+  def fill(row: int) -> None:
+    leaves = jax.tree.leaves(read(indices[row])) if row else first
+    for whole, leaf in zip(out, leaves, strict=True):
+      whole[row] = leaf
 
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    collections.deque(pool.map(fill, range(len(frames))), maxlen=0)
-  return types.Clip(jax.tree.unflatten(tree, out), guide, cast(Any, np.asarray(ids)))
+    collections.deque(pool.map(fill, range(len(indices))), maxlen=0)
+  return jax.tree.unflatten(tree, out)
 
 
 def check(path: str | os.PathLike, *, audio: Audio = "mel", priors: bool = True) -> None:
@@ -208,7 +237,7 @@ def check(path: str | os.PathLike, *, audio: Audio = "mel", priors: bool = True)
     size = (source.width, source.height)
     kinds = [("gt_imgs", "jpg"), ("parsing", "png")] + [("torso_imgs", "png")] * source._torso
     files = [source.path / k / f"{i}.{end}" for k, end in kinds for i in source.ids]
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
       for file, found in zip(files, pool.map(_image_size, files), strict=True):
         _require_size(file, found, size)
 

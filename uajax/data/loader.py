@@ -6,13 +6,41 @@ Axes: f frames of a split, b frames of a batch.
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Int, UInt8
 
 from uajax import types
 from uajax.data import folder
 from uajax.errors import UserError
 
 Store = Literal["auto", "folder", "tfds"]
+
+
+class Source(Protocol):
+  """A split on disk, whatever it is stored as: `source[i]` reads and decodes one frame.
+
+  Attributes:
+    ids: int [f], frame numbers in the source video.
+    guide: types.Guide of float32 [f].
+    height, width: of every picture, in pixels.
+  """
+
+  ids: Int[np.ndarray, " f"]
+  guide: types.Guide
+  height: int
+  width: int
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> types.Frame: ...
+
+  def pictures(self, index: int, *, background: bool = True) -> types.Pictures: ...
+
+  def classes(self, index: int) -> UInt8[np.ndarray, "h w"]: ...
+
+  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray]: ...
 
 
 def load(
@@ -57,7 +85,7 @@ def open_source(
   audio: folder.Audio = "mel",
   source: Store = "auto",
   allow_missing_priors: bool = False,
-) -> Sequence[types.Frame]:
+) -> Source:
   """The same frames one at a time, for subjects larger than memory. Arguments as `load`."""
   settings = {"audio": audio, "allow_missing_priors": allow_missing_priors}
   if source == "folder" or not _packs(path, source):
@@ -89,7 +117,6 @@ def batches(
   """
   import grain
   import jax
-  import numpy as np
 
   if not 0 < batch <= len(frames):
     raise ValueError(f"batch is 1..{len(frames)}, not {batch}")

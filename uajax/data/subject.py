@@ -22,6 +22,7 @@ import absl.logging
 import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
+from jaxtyping import UInt8
 
 from uajax import types
 from uajax.data import folder
@@ -98,7 +99,7 @@ class Subject(tfds.core.GeneratorBasedBuilder):
     progress = Progress(f"pack {source.split}", len(source))
     for i, number in enumerate(source.ids):
       torso = source.path / "torso_imgs" / f"{number}.png"
-      _, _, classes = source.pictures(i)  # decodes all, so that nothing damaged goes in
+      classes: Any = source.pictures(i).classes  # decodes all, so that nothing damaged goes in
       yield i, {
         "image": (source.path / "gt_imgs" / f"{number}.jpg").read_bytes(),
         "torso": torso.read_bytes() if torso.exists() else b"",
@@ -144,17 +145,30 @@ class Source(Sequence):
 
   def __getitem__(self, index: int) -> types.Frame:
     record = self._records[index]
-    torso = record["torso"]
-    background = folder.over(_decode(torso, "RGBA"), self._plate) if torso else self._plate
-    parts: list[Any] = [  # NumPy leaves, as everything on the host
-      _decode(record["image"], "RGB"),
-      background,
-      _decode(record["classes"], "L"),
-      types.Camera(record["viewmat"], record["K"]),
-      types.Controls(*(record[name] for name in types.Controls._fields)),
-      record["lips"],
-    ]
+    parts: list[Any] = [*self._shown(record, background=True), *_told(record)]
     return types.Frame(*parts)
+
+  def pictures(self, index: int, *, background: bool = True) -> types.Pictures:
+    """As `folder.Source.pictures`."""
+    return self._shown(self._records[index], background)
+
+  def classes(self, index: int) -> UInt8[np.ndarray, "h w"]:
+    """As `folder.Source.classes`."""
+    return _decode(self._records[index]["classes"], "L")
+
+  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray]:
+    """As `folder.Source.numbers`."""
+    return _told(self._records[index])
+
+  def _shown(self, record, background: bool) -> types.Pictures:
+    behind = None
+    if background:
+      torso = record["torso"]
+      behind = folder.over(_decode(torso, "RGBA"), self._plate) if torso else self._plate
+    parts: list[Any] = [  # NumPy leaves, as everything on the host
+      _decode(record["image"], "RGB"), behind, _decode(record["classes"], "L")
+    ]
+    return types.Pictures(*parts)
 
 
 def read(
@@ -217,6 +231,12 @@ def _numbers(source: folder.Source, index: int) -> dict[str, np.ndarray]:
   guide = {name: column[index] for name, column in source.guide._asdict().items()}
   numbers = {**camera._asdict(), **controls._asdict(), "lips": lips, **guide}
   return {**numbers, "id": source.ids[index]}
+
+
+def _told(record) -> tuple[types.Camera, types.Controls, np.ndarray]:
+  """All of a record that is no picture."""
+  controls = types.Controls(*(record[name] for name in types.Controls._fields))
+  return types.Camera(record["viewmat"], record["K"]), controls, record["lips"]
 
 
 def _fingerprint(path: pathlib.Path, audio: folder.Audio) -> str:

@@ -22,33 +22,33 @@ from uajax.config import Experiment, Stage
 from uajax.data import loader
 from uajax.errors import Stopped, UserError
 from uajax.progress import Progress
-from uajax.train import densify, optimizer, seeding
+from uajax.train import densify, feed, optimizer, seeding
 from uajax.train.step import (
-  Material,
   State,
   grow_and_prune,
   is_perceptual,
   mesh_of,
+  no_sums,
   phase_of,
   run_steps,
   spread,
   turning_points,
-  upload,
 )
-from uajax.types import Clip
+from uajax.types import Frame
 
 GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
 _log = logging.getLogger("uajax")
 
 
 def train(subject, workdir, experiment: Experiment, *, perceptual=None,
-          source: loader.Store = "auto") -> runs.Run:
+          source: loader.Store = "auto", frames: feed.Place = "auto") -> runs.Run:
   """Trains the three stages into `workdir`, or goes on where that folder stands.
 
   Args:
     subject: subject folder with its extracted features.
     perceptual: LPIPS parameters, or None to leave those terms out (a line says so).
     source: where frames come from, see `data.loader.load`.
+    frames: where pictures lie while training, see `Feed`; all places give the same bits.
 
   Raises:
     UserError: the subject cannot be used, the folder belongs to another experiment, a checkpoint
@@ -56,30 +56,29 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
     Stopped: by SIGTERM or Ctrl-C, after a checkpoint (in the main thread).
   """
   subject = pathlib.Path(subject)
-  clips = {split: loader.load(subject, split, audio=experiment.model.audio, source=source)
-           for split in ("train", "val")}
-  experiment = fit_audio(experiment, clips["train"])
+  clip, val = (loader.open_source(subject, split, audio=experiment.model.audio, source=source)
+               for split in ("train", "val"))
+  experiment = fit_audio(experiment, clip)
   run = runs.create(workdir, subject, experiment)
   runs.copy_extractors(subject, run)
   if perceptual is None and any(s.lpips_from < s.steps for s in experiment.stages()):
     _log.warning("LPIPS weights are not at hand: trained without the perceptual terms "
                  "(`uajax doctor` says how to get them)")
 
-  avatar, training, at = _stand(run, clips["train"])
+  avatar, training, at = _stand(run, clip)
   if at.total:
     _log.warning("resuming %s at step %d", run.path, at.total)
   if at.stage == len(experiment.stages()):
     return run
-  material = upload(clips["train"], mesh_of(experiment))
-  with _heeded() as asked:
+  shown = val[len(val) // 2]
+  with _heeded() as asked, feed.Feed(clip, experiment, mesh_of(experiment), frames) as fed:
     while True:
       try:
         with run.saver(at.total) as saver, Journal(run.path, at.total) as journal:
-          _train_stages(run, avatar, training, at, material, clips["val"], perceptual, journal,
-                        saver, asked)
+          _train_stages(run, avatar, training, at, fed, shown, perceptual, journal, saver, asked)
         return run
       except _Diverged as fault:
-        avatar, training, at = _roll_back(run, clips["train"], fault)
+        avatar, training, at = _roll_back(run, clip, fault)
 
 
 class _Diverged(Exception):
@@ -92,13 +91,13 @@ class _Diverged(Exception):
                  f"{stage.name} stage")
 
 
-def _stand(run: runs.Run, clip: Clip) -> tuple[Avatar, dict | None, runs.Progress]:
+def _stand(run: runs.Run, clip: loader.Source) -> tuple[Avatar, dict | None, runs.Progress]:
   """Where training stands: the last checkpoint, or the beginning."""
   found = run.restore(lambda avatar, at: _resume_template(avatar, run.experiment, at))
   return found or (_begin(run.experiment, clip), None, runs.Progress(0, 0, 0))
 
 
-def _roll_back(run: runs.Run, clip: Clip, fault: _Diverged):
+def _roll_back(run: runs.Run, clip: loader.Source, fault: _Diverged):
   """The last checkpoint, to go on from with other random numbers; once a stage."""
   if fault.at.rollbacks:
     raise UserError(
@@ -139,9 +138,10 @@ def _heeded() -> Iterator[list[int]]:
     os.kill(os.getpid(), asked[0])
 
 
-def fit_audio(experiment: Experiment, clip: Clip) -> Experiment:
+def fit_audio(experiment: Experiment, clip: loader.Source) -> Experiment:
   """The experiment with the audio channels and width that the clip has."""
-  channels, width = clip.frames.controls.audio.shape[-2:]
+  _, controls, _ = clip.numbers(0)
+  channels, width = controls.audio.shape[-2:]
   motion = dataclasses.replace(
     experiment.model.motion, audio_channels=channels, audio_width=width)
   return dataclasses.replace(
@@ -149,7 +149,7 @@ def fit_audio(experiment: Experiment, clip: Clip) -> Experiment:
 
 
 def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
-                  material: Material, val: Clip, perceptual, journal, saver, asked) -> None:
+                  fed: feed.Feed, shown: Frame, perceptual, journal, saver, asked) -> None:
   stages = run.experiment.stages()
   progress = Progress("train", sum(stage.steps for stage in stages), at.total)
   for number in range(at.stage, len(stages)):
@@ -157,36 +157,38 @@ def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
     state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
     training = None
     state = spread(state, mesh_of(run.experiment))
-    avatar, at = _train_stage(run, number, stage, state, at, material, val, perceptual, journal,
+    avatar, at = _train_stage(run, number, stage, state, at, fed, shown, perceptual, journal,
                               progress, saver, asked)
   progress.close()
 
 
 def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress,
-                 material: Material, val: Clip, perceptual, journal, progress, saver, asked):
+                 fed: feed.Feed, shown: Frame, perceptual, journal, progress, saver, asked):
   experiment = run.experiment
   key = jax.random.fold_in(jax.random.key(experiment.seed), number)
   if at.rollbacks:
     key = jax.random.fold_in(key, 1000 + at.rollbacks)  # apart from what steps fold in
   before = sum(s.steps for s in experiment.stages()[:number])
-  step = int(state.step)
-  while step < stage.steps:
-    # Programs change, splats grow and checkpoints are written at steps that do not depend on
-    # where the run was resumed; so the bits do not either.
-    end = min(e for e in (
-      *turning_points(stage), *(_next(step, every) for every in (
-        experiment.log_every, stage.densify.every, experiment.picture_every,
-        experiment.save_every))) if e > step)
+  begun = step = int(state.step)  # `begun`: where the steps begin that one report sums up
+  ends = list(_ends(experiment, stage, step))
+  began, sums = time.monotonic(), no_sums()
+  running = last = None
+  for end, chunk in fed.chunks(stage, key, step, ends):
+    jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
     phase = phase_of(stage, step)
     weights = perceptual if is_perceptual(stage, step) else None
-    began = time.monotonic()
-    state, sums = run_steps(experiment, stage, phase, at.capacity, state, jnp.asarray(end - step),
-                            material, weights, key, mesh=mesh_of(experiment))
-    count, step = end - step, end
-    changed = None
+    state, sums = run_steps(
+      experiment, stage, phase, at.capacity, state, sums, jnp.asarray(end - step), fed.material,
+      chunk, weights, key, mesh=mesh_of(experiment))
+    last, running = running, sums
+    progress.advance(end - step, f"{stage.name} {phase}")
+    step = end
+    if end not in ends:
+      continue
+    count, changed = end - begun, None
     if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (
         step < stage.densify.until or (stage.name == "face" and step < stage.steps)):
-      state, changed = grow_and_prune(experiment, stage, state, material, key)
+      state, changed = grow_and_prune(experiment, stage, state, fed.material, key)
       state = _with_room(stage, state, changed)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
@@ -199,7 +201,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         raise _Diverged(stage, here, int(state.skipped))
     done, stopping = step == stage.steps, bool(asked)
     if step % experiment.picture_every == 0 or done:
-      journal.picture(before + step, stage.name, _picture(state.avatar, stage, val))
+      journal.picture(before + step, stage.name, _picture(state.avatar, stage, shown))
     here = at._replace(stage=number, step=step, total=before + step)
     saver.check()
     if done:
@@ -208,7 +210,6 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
     elif (step % experiment.save_every == 0 or stopping) and int(state.skipped) == 0:
       # A state without a finite gradient is none to go back to.
       saver.save(state.avatar, _training(state), here)
-    progress.advance(count, f"{stage.name} {phase}")
     if stopping:
       saver.wait()
       progress.close()
@@ -218,14 +219,25 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         asked[0])
     if done:
       at = here
+    begun, began, sums = step, time.monotonic(), no_sums()
   return state.avatar, at
 
 
-def _next(step: int, every: int) -> int:
-  return (step // every + 1) * every
+def _ends(experiment: Experiment, stage: Stage, step: int) -> Iterator[int]:
+  """Steps after which the host has something to do.
+
+  Programs change, splats grow and checkpoints are written at steps that do not depend on where
+  the run was resumed; so the bits do not either.
+  """
+  turns = turning_points(stage)
+  rhythms = (experiment.log_every, stage.densify.every, experiment.picture_every,
+             experiment.save_every)
+  while step < stage.steps:
+    step = min(e for e in (*turns, *((step // n + 1) * n for n in rhythms)) if e > step)
+    yield step
 
 
-def _begin(experiment: Experiment, clip: Clip) -> Avatar:
+def _begin(experiment: Experiment, clip: loader.Source) -> Avatar:
   """Splats scattered and motion networks drawn."""
   k_motion, k_face, k_mouth = jax.random.split(jax.random.key(experiment.seed), 3)
   face_motion, mouth_motion = init_motion(k_motion, experiment.model.motion)
@@ -289,15 +301,14 @@ def _census(stage: Stage, state: State, changed) -> dict:
   return counts
 
 
-def _picture(avatar: Avatar, stage: Stage, clip: Clip) -> np.ndarray:
+def _picture(avatar: Avatar, stage: Stage, frame: Frame) -> np.ndarray:
   """uint8 [h 2w 3]: the render of a held-out frame beside its truth."""
-  frame = jax.tree.map(lambda leaf: leaf[len(clip.ids) // 2], clip.frames)
   background = jnp.asarray(frame.background, jnp.float32) / 255
   image = jax.jit(render)(avatar, jax.tree.map(jnp.asarray, frame.controls),
                           jax.tree.map(jnp.asarray, frame.camera), background)
   shown = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}[stage.name]
   shown = np.asarray(jnp.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
-  return np.concatenate([shown, frame.image], 1)
+  return np.concatenate([shown, np.asarray(frame.image)], 1)
 
 
 class Journal:

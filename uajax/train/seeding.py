@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from scipy.spatial import cKDTree  # pyright: ignore[reportAttributeAccessIssue]  # no stubs there
 
 from uajax.config import Stage
-from uajax.types import FACE, HAIR, MOUTH, Alive, Clip, Splats
+from uajax.data.loader import Source
+from uajax.types import FACE, HAIR, MOUTH, Alive, Splats
 
 LOOKS = 24  # frames that carve
 AGREE = 0.75  # share of them that must see a point inside
@@ -23,7 +24,7 @@ OPACITY = 0.1
 SH_0 = 0.28209479177387814
 
 
-def seed(stage: Stage, clip: Clip, key) -> tuple[Splats, Alive]:
+def seed(stage: Stage, frames: Source, key) -> tuple[Splats, Alive]:
   """Splats as wide as their gaps, faint, unrotated.
 
   The raw scale is the log of the neighbour distance although softplus activates it: softplus(log
@@ -35,7 +36,7 @@ def seed(stage: Stage, clip: Clip, key) -> tuple[Splats, Alive]:
   count, slots = stage.splats, stage.densify.slots
   if count > slots:
     raise ValueError(f"{stage.name}: {count} splats to begin with do not fit {slots} slots")
-  points, colors = scatter(stage, clip, key) if stage.carve else _cube(stage, count, key)
+  points, colors = scatter(stage, frames, key) if stage.carve else _cube(stage, count, key)
   near = cKDTree(points).query(points, k=4)[0][:, 1:]
   raw = np.log(np.sqrt(np.maximum((near**2).mean(1), 1e-7)))
   fill = lambda value, *width: jnp.zeros((slots, *width)).at[:count].set(value)
@@ -48,19 +49,19 @@ def seed(stage: Stage, clip: Clip, key) -> tuple[Splats, Alive]:
 
 
 def scatter(
-  stage: Stage, clip: Clip, key
+  stage: Stage, frames: Source, key
 ) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"]]:
   """Points of the carved cube and their mean colours, 0..1."""
   points, _ = _cube(stage, stage.splats * TRIES, key)
-  frames = clip.frames
   inside = np.zeros(len(points))
   colors = np.zeros((len(points), 3))
-  for i in np.linspace(0, len(clip.ids) - 1, LOOKS).round().astype(int):
-    region = _region(stage.name, frames.classes[i], frames.lips[i])
-    row, column, seen = _project(points, frames.camera.viewmat[i], frames.camera.K[i], region.shape)
+  for i in np.linspace(0, len(frames) - 1, LOOKS).round().astype(int):
+    frame = frames[int(i)]
+    region = _region(stage.name, frame.classes, frame.lips)
+    row, column, seen = _project(points, *frame.camera, region.shape)
     seen &= region[row, column]
     inside += seen
-    colors += np.where(seen[:, None], frames.image[i][row, column] / 255, 0)
+    colors += np.where(seen[:, None], np.asarray(frame.image)[row, column] / 255, 0)
   # The best points, whether or not they are good ones: a mask may be missing in many frames.
   kept = np.argsort(-np.minimum(inside, AGREE * LOOKS), kind="stable")[: stage.splats]
   hits = np.maximum(inside[kept, None], 1)

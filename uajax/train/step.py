@@ -1,10 +1,11 @@
 """One training step, and many of them in one compiled loop.
 
-Everything here is pure. A step's randomness (frame, ensemble members) is folded from the run's
+Everything here is pure. A step's randomness (frames, ensemble members) is folded from the run's
 key and the step's number, so that a resumed run repeats the lost steps bit for bit.
-Axes: f frames, b batch, n splat slots.
+Axes: f frames, s steps of a chunk, b batch, n splat slots.
 """
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -12,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from uajax.avatar import Avatar
 from uajax.config import Experiment, Stage
 from uajax.train import densify, optimizer, sampling
 from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
-from uajax.types import MOUTH, Clip, Frame, Guide
+from uajax.types import Camera, Controls, Frame, Guide, Pictures
 
 FRAMES = "frames"  # the axis of the mesh
+REPORT = ("loss", "l1", "psnr", "grad_norm", "overflow", "skipped")  # of a step
 
 
 class State(flax.struct.PyTreeNode):
@@ -34,17 +36,36 @@ class State(flax.struct.PyTreeNode):
 
 
 class Material(flax.struct.PyTreeNode):
-  """A clip on the device."""
+  """All of a clip but its pictures, on the device. Leading axis f."""
 
-  frames: Frame  # leading axis f
+  camera: Camera
+  controls: Controls
+  lips: Int[Array, "f 4"]
   guide: Guide
-  mouth_share: Array  # [f]
+  mouth_share: Float[Array, " f"]  # of the picture
 
 
-def upload(clip: Clip, mesh: Mesh | None = None) -> Material:
-  """The clip as device arrays, pictures still uint8; the whole of it on each device of a mesh."""
-  share = (clip.frames.classes == MOUTH).reshape(len(clip.ids), -1).mean(1)
-  return spread(Material(clip.frames, clip.guide, share.astype(np.float32)), mesh)
+class Chunk(flax.struct.PyTreeNode):
+  """What some steps look at."""
+
+  first: Int[Array, ""]  # step, within the stage
+  frames: Int[Array, "s b"]  # of the clip
+  pictures: Pictures  # leading axes s b
+
+
+@functools.partial(jax.jit, static_argnames=("experiment", "stage", "steps"))
+def draw(experiment: Experiment, stage: Stage, steps: int, guide: Guide, mouth_share, first, key
+         ) -> Int[Array, "s b"]:
+  """The frames that `steps` steps from `first` on look at; `key` is the stage's.
+
+  Each step alone decides its frames, so that it does not matter how steps are cut into chunks.
+  """
+  batch = experiment.batch
+  # A schedule in steps, told in frames.
+  stage = dataclasses.replace(
+    stage, warm_steps=stage.warm_steps * batch, guide_until=stage.guide_until * batch)
+  one = lambda number: sampling.choose(stage, guide, mouth_share, number, key)
+  return jax.lax.map(one, first * batch + jnp.arange(steps * batch)).reshape(steps, batch)
 
 
 def spread(tree, mesh: Mesh | None):
@@ -52,6 +73,11 @@ def spread(tree, mesh: Mesh | None):
   if mesh is None:
     return jax.tree.map(jnp.asarray, tree)
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def no_sums() -> dict:
+  """What `run_steps` adds to, of no step yet."""
+  return {name: jnp.zeros(()) for name in REPORT}
 
 
 def phase_of(stage: Stage, step: int) -> Phase:
@@ -86,33 +112,34 @@ def mesh_of(experiment: Experiment) -> Mesh | None:
 
 
 def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
-               state: State, material: Material, perceptual, key,
+               state: State, material: Material, chunk: Chunk, perceptual, key,
                mesh: Mesh | None = None) -> tuple[State, dict]:
   """One step on `experiment.batch` frames.
 
   Args:
+    chunk: says which frames; state.step must be one of its steps.
     capacity: of the rasteriser's pair list; None leaves it to the rasteriser.
     perceptual: LPIPS parameters where they are to be used, else None.
     key: of the stage.
     mesh: of the devices that share the frames, see `mesh_of`; everything else they all hold.
 
   Returns:
-    the next state, and scalars: loss, l1, psnr, grad_norm, overflow, skipped.
+    the next state, and a scalar for each of REPORT.
   """
   step = state.step
   layer = "mouth" if stage.name == "mouth" else "face"
   slots = getattr(state.avatar, layer).alive.shape[0]
-  index = jnp.stack([sampling.choose(stage, material.guide, material.mouth_share,
-                                     step * experiment.batch + i if experiment.batch > 1 else step,
-                                     key)
-                     for i in range(experiment.batch)])
+  index, pictures = jax.tree.map(
+    lambda leaf: leaf[step - chunk.first], (chunk.frames, chunk.pictures))
   members = jax.random.randint(
     jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
   moment = Moment(step, members, sh_degree(stage, step), _backdrop(experiment, step, key))
 
-  def gradients(index, probes, params, material, perceptual, moment, avatar):
+  def gradients(index, pictures, probes, params, material, perceptual, moment, avatar):
     setting = Setting(stage, phase, perceptual, capacity)
-    frames = jax.tree.map(lambda leaf: leaf[index], material.frames)
+    rest = jax.tree.map(
+      lambda leaf: leaf[index], (material.camera, material.controls, material.lips))
+    frames = Frame(*pictures, *rest)
 
     def loss_of(params, probes):
       joined = optimizer.join(avatar, params)
@@ -134,12 +161,12 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   if mesh is not None:
     one, all_ = PartitionSpec(FRAMES), PartitionSpec()
     gradients = jax.shard_map(
-      gradients, mesh=mesh, in_specs=(one, one, *(all_,) * 5), out_specs=(all_, one, all_, one),
-      check_vma=False)
+      gradients, mesh=mesh, in_specs=(one, one, one, *(all_,) * 5),
+      out_specs=(all_, one, all_, one), check_vma=False)
   params = optimizer.trainable(state.avatar, stage)
   probes = jnp.zeros((experiment.batch, slots, 2))
-  loss, parts, grads, d_probes = gradients(index, probes, params, material, perceptual, moment,
-                                           state.avatar)
+  loss, parts, grads, d_probes = gradients(index, pictures, probes, params, material, perceptual,
+                                           moment, state.avatar)
 
   norm = _norm(grads)
   sound = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -150,7 +177,7 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   avatar = optimizer.join(state.avatar, keep(new_params, params))
   skipped = jnp.where(sound, 0, state.skipped + 1)
 
-  height, width = material.frames.image.shape[1:3]
+  height, width = pictures.image.shape[1:3]
   ndc = d_probes * jnp.asarray([0.5 * width, 0.5 * height])[None, None, :]
   seen = (parts.radii > 0) & sound
   stats = densify.Stats(
@@ -166,9 +193,9 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
 @functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity", "mesh"),
                    donate_argnames="state")
 def run_steps(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
-              state: State, count, material: Material, perceptual, key,
+              state: State, sums: dict, count, material: Material, chunk: Chunk, perceptual, key,
               mesh: Mesh | None = None) -> tuple[State, dict]:
-  """`count` steps of one phase in one compiled loop; returns the sums of their reports.
+  """`count` steps of one phase in one compiled loop; adds what they report to `sums`.
 
   `count` is an array: a run of any length is the same program, so that where a run was cut and
   resumed does not show in its bits.
@@ -177,14 +204,10 @@ def run_steps(experiment: Experiment, stage: Stage, phase: Phase, capacity: int 
   def body(_, carry):
     state, sums = carry
     state, report = train_step(
-      experiment, stage, phase, capacity, state, material, perceptual, key, mesh)
-    return state, jax.tree.map(jnp.add, sums, report)
+      experiment, stage, phase, capacity, state, material, chunk, perceptual, key, mesh)
+    return state, {name: sums[name] + report[name] for name in REPORT}
 
-  shapes = jax.eval_shape(
-    lambda s: train_step(
-      experiment, stage, phase, capacity, s, material, perceptual, key, mesh)[1], state)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  return jax.lax.fori_loop(0, count, body, (state, zeros))
+  return jax.lax.fori_loop(0, count, body, (state, sums))
 
 
 @functools.partial(jax.jit, static_argnames=("experiment", "stage"))
@@ -214,7 +237,7 @@ def grow_and_prune(experiment: Experiment, stage: Stage, state: State, material:
 def _keep_off_green(stage: Stage, splats, alive, born, state: State, material: Material, key):
   """The official rule for splats that took the green backdrop's colour (method.md D.3, D.4)."""
   frame = jax.random.randint(jax.random.fold_in(key, 1), (), 0, material.mouth_share.shape[0])
-  camera = jax.tree.map(lambda leaf: leaf[frame], material.frames.camera)
+  camera = jax.tree.map(lambda leaf: leaf[frame], material.camera)
   degree = sh_degree(stage, state.step)
   mask = (jnp.asarray([0, 1, 1, 1, 2, 2, 2, 2, 2]) <= degree).astype(jnp.float32)
   green = densify.is_backdrop(splats, camera, mask) & alive

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from tests.uajax.data import subject_folder
 from tests.uajax.lpips_test import made_up_lpips
 from uajax import config, runs
-from uajax.data import loader
+from uajax.data import folder, loader
 from uajax.errors import Stopped, UserError
 from uajax.train import loop
 
@@ -57,8 +58,9 @@ def trained(subject, tmp_path_factory):
   return train(subject, tmp_path_factory.mktemp("runs") / "whole")
 
 
-def train(subject, path):
-  return loop.train(subject, path, experiment(), perceptual=made_up_lpips(), source="folder")
+def train(subject, path, frames="resident"):
+  return loop.train(subject, path, experiment(), perceptual=made_up_lpips(), source="folder",
+                    frames=frames)
 
 
 def leaves(run):
@@ -79,7 +81,7 @@ def test_a_run_trains_grows_and_reports(trained):
 
 
 def test_each_stage_trains_its_own_part_only(trained, subject):
-  clip = loader.load(subject, "train", source="folder")
+  clip = loader.open_source(subject, "train", source="folder")
   begun = loop._begin(loop.fit_audio(experiment(), clip), clip)
   avatar = trained.avatar()
   moved = lambda a, b: [(np.asarray(x) != np.asarray(y)).any() for x, y in zip(
@@ -124,9 +126,24 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
   assert totals == list(range(2, 19, 2)), "no line is lost or doubled"
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(subject, tmp_path, caplog):
+def test_frames_read_from_disk_as_training_goes_give_the_same_bits(
+    trained, subject, tmp_path, caplog):
+  run = train(subject, tmp_path / "run", frames="streamed")
+  assert "stay on disk" in caplog.text
+  assert same(trained, run)
+  assert metrics(run) == metrics(trained)
+
+
+def metrics(run) -> list[dict]:
+  """What was reported of each step, but for the time it took."""
+  rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+  return [{name: value for name, value in row.items() if name != "step_ms"} for row in rows]
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, tmp_path, caplog):
   path = tmp_path / "damaged"
-  run = train(subject, path)
+  shutil.copytree(trained.path, path)
+  run = runs.open_run(path)
   newest = max(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
   for file in (run.checkpoints / str(newest) / "avatar").rglob("*"):
     if file.is_file():
@@ -215,14 +232,13 @@ def test_training_that_diverges_goes_back_once_with_other_random_numbers(
 def test_training_that_diverges_again_gives_up(subject, tmp_path, monkeypatch, caplog):
   """A clip that is not finite anywhere: the face cannot be learnt, from the first step on."""
   monkeypatch.setattr(loop, "GIVE_UP_AFTER", 2)
-  upload = loop.upload
+  numbers = folder.Source.numbers
 
-  def spoilt(clip, mesh):
-    material = upload(clip, mesh)
-    controls = jax.tree.map(lambda leaf: leaf * jnp.nan, material.frames.controls)
-    return material.replace(frames=material.frames._replace(controls=controls))
+  def spoilt(source, index):
+    camera, controls, lips = numbers(source, index)
+    return camera, jax.tree.map(lambda leaf: leaf * np.nan, controls), lips
 
-  monkeypatch.setattr(loop, "upload", spoilt)
+  monkeypatch.setattr(folder.Source, "numbers", spoilt)
   with pytest.raises(UserError, match="diverged: no finite gradient.*once more.*rates"):
     train(subject, tmp_path / "run")
   assert caplog.text.count("going back") == 1

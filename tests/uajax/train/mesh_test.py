@@ -11,35 +11,38 @@ from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from uajax import config
 from uajax.data import loader
-from uajax.train import densify, optimizer, step
+from uajax.train import densify, feed, optimizer, step
 
 # Still splats: their program compiles in half the time, and gradients are shared all the same.
 STAGE = dataclasses.replace(config.FACE, guide_until=0)
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
+def source(tmp_path_factory):
   path = tmp_path_factory.mktemp("subjects") / "tiny"
   subject_folder.make(path)
-  return loader.load(path, "train", audio="mel", source="folder")
+  return loader.open_source(path, "train", audio="mel", source="folder")
 
 
-def steps(clip, batch, mesh, count=1):
+def steps(source, batch, mesh):
   experiment = dataclasses.replace(tiny_run.EXPERIMENT, batch=batch)
   avatar = tiny_run.avatar()
   state = step.State(
     avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, STAGE)),
     stats=densify.no_stats(16), step=jnp.asarray(5), skipped=jnp.asarray(0))
-  return step.run_steps(
-    experiment, STAGE, "static", None, step.spread(state, mesh), jnp.asarray(count),
-    step.upload(clip, mesh), None, jax.random.key(0), mesh=mesh)
+  key = jax.random.key(0)
+  with feed.Feed(source, experiment, mesh, "resident") as fed:
+    [(_, chunk)] = fed.chunks(STAGE, key, 5, [6])
+    return step.run_steps(
+      experiment, STAGE, "static", None, step.spread(state, mesh), step.no_sums(), jnp.asarray(1),
+      fed.material, chunk, None, key, mesh=mesh)
 
 
-def test_two_devices_take_the_step_that_one_takes(clip):
+def test_two_devices_take_the_step_that_one_takes(source):
   mesh = step.mesh_of(dataclasses.replace(tiny_run.EXPERIMENT, batch=2))
   assert mesh is not None and mesh.size == 2
-  alone, report = steps(clip, 2, None)
-  together, shared = steps(clip, 2, mesh)
+  alone, report = steps(source, 2, None)
+  together, shared = steps(source, 2, mesh)
   for name in ("loss", "l1", "psnr", "grad_norm"):
     np.testing.assert_allclose(shared[name], report[name], rtol=1e-4, err_msg=name)
   np.testing.assert_array_equal(together.stats.seen, alone.stats.seen)
