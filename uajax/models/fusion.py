@@ -12,7 +12,7 @@ z latent, f features of a modality that vary over splats, c features that do not
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -91,7 +91,8 @@ class Ensembles(nn.Module):
     # The hidden layers are the widest of all that a frame computes, and cheap to have again.
     ask: Callable[..., tuple[Array, Array]] = jax.checkpoint(_ask)
     means, log_vars = ask([x.varying for x in modalities.values()], first, mean, log_var)
-    return means.swapaxes(2, 3), _limit(log_vars, take.log_var_limit).swapaxes(2, 3)
+    limited: Any = _limit(log_vars, take.log_var_limit)
+    return means.swapaxes(2, 3), limited.swapaxes(2, 3)
 
 
 def _ask(
