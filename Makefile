@@ -9,7 +9,7 @@ PRESET ?= quick
 PROCESSES ?= logical
 ARGS ?=
 
-.PHONY: setup demo test test-device test-all lint format bench doctor preprocess extract train synthesize evaluate export clean
+.PHONY: setup demo test test-device test-all lint format bench bench-steps doctor preprocess extract train synthesize evaluate export clean
 
 setup:  ## creates .venv and installs everything; DEVICE adds the accelerator's JAX plugin
 	$(PYTHON) -m venv $(VENV)
@@ -37,8 +37,11 @@ lint:
 format:
 	$(BIN)/ruff check --fix .
 
-bench:
+bench:  ## the splatting kernels, beside gsplat where it is installed
 	$(BIN)/python -m kernels.splat.bench $(ARGS)
+
+bench-steps:  ## training steps and drawn frames
+	$(BIN)/python -m experiments.speed $(ARGS)
 
 doctor:
 	$(BIN)/uajax doctor

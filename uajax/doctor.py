@@ -64,7 +64,8 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
   """Looks at everything. A part that cannot even be looked at is a finding, not an exception."""
   findings: list[Finding] = []
-  for look in (_python, _packages, _devices, _rasteriser, _machine, _cache, _codecs, _weights):
+  for look in (_python, _packages, _devices, _rasteriser, _fusion, _machine, _cache, _codecs,
+               _weights):
     findings += _survive(look)
   return findings
 
@@ -169,12 +170,32 @@ def _rasteriser() -> Iterator[Finding]:
     remedy = "expected about [0.89, 0.44, 0]: try another JAX version, and please report this"
     yield Finding("fail", "rasteriser", text, remedy)
     return
-  text = f"{implementation} ({reason}) drew a test splat right"
+  yield _chosen("rasteriser", f"{implementation} ({reason}) drew a test splat right", reason)
+
+
+def _fusion() -> Iterator[Finding]:
+  """Fuses two beliefs, each of two members."""
+  import jax.numpy as jnp
+
+  from kernels import fusion
+
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    implementation, reason = fusion.choose()
+    means = jnp.array([[0.0, 0.0], [1.0, 3.0]])[:, :, None, None]
+    mean = round(float(fusion.fuse(means, jnp.zeros_like(means)).mean[0, 0]), 3)
+  if mean != 0.5:  # of 0 with variance 1, and 2 with 1 + 2, for its members differ by 2
+    text = f"{implementation} ({reason}) fuses two test beliefs into {mean}"
+    remedy = "expected 0.5: try another JAX version, and please report this"
+    yield Finding("fail", "fusion", text, remedy)
+    return
+  yield _chosen("fusion", f"{implementation} ({reason}) fused two test beliefs right", reason)
+
+
+def _chosen(subject: str, text: str, reason: str) -> Finding:
   if "not compile" in reason:
-    remedy = "slow but right; `make test-device` says more"
-    yield Finding("warn", "rasteriser", text, remedy)
-  else:
-    yield Finding("ok", "rasteriser", text)
+    return Finding("warn", subject, text, "slow but right; `make test-device` says more")
+  return Finding("ok", subject, text)
 
 
 def _machine() -> Iterator[Finding]:

@@ -1,5 +1,5 @@
-"""Fusion of what several ensembles believe about a latent code: `fuse`."""
+"""Product of ensemble Gaussians: `fuse`, what it returns and what it fuses with."""
 
-from kernels.fusion.api import Fused, fuse
+from kernels.fusion.api import Fused, choose, fuse
 
-__all__ = ["Fused", "fuse"]
+__all__ = ["Fused", "choose", "fuse"]

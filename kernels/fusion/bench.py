@@ -1,9 +1,11 @@
 """Times of the fusion on this machine: `python -m kernels.fusion.bench [splats ...]`.
 
 Prints, for the face's and the mouth's ensembles, milliseconds of one member a modality (stage 1)
-and of all (stage 2): the mean, the mean with both traces, and the mean with its gradient.
+and of all (stage 2), with plain JAX and with the kernels where they work: the mean, the mean with
+both traces, and the mean with its gradient.
 """
 
+import functools
 import sys
 import time
 
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.fusion.api import fuse
+from kernels.fusion.api import Implementation, choose, fuse
 
 CASES = {"face": (4, 10, 48), "mouth": (3, 10, 48), "small": (4, 4, 16)}  # modalities, members, z
 
@@ -38,19 +40,26 @@ def measure(function, *args, repeats: int = 20) -> tuple[float, float]:
 
 def main(splats: list[int]) -> None:
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; ms (s to compile)")
-  print(f"{'':>20}{'mean':>16}{'and traces':>16}{'and gradient':>16}")
-  programs = (
-    lambda m, s: fuse(m, s).mean,
-    lambda m, s: fuse(m, s),
-    jax.value_and_grad(lambda m, s: jnp.square(fuse(m, s).mean).sum(), (0, 1)),
-  )
+  print(f"{'':>28}{'mean':>16}{'and traces':>16}{'and gradient':>16}")
   for name, (modalities, members, latent) in CASES.items():
     for n in splats:
       for count in (1, members):
         args = beliefs(modalities, count, n, latent)
-        cells = ["{:.2f} ({:.1f})".format(*measure(program, *args)) for program in programs]
-        label = f"{name} {n} stage {1 if count == 1 else 2}"
-        print(f"{label:>20}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+        implementations: set[Implementation] = {"xla"} if count == 1 else {"xla", choose()[0]}
+        for implementation in sorted(implementations):
+          cells = ["{:.2f} ({:.1f})".format(*measure(program, *args))
+                   for program in _programs(implementation)]
+          label = f"{name} {n} stage {1 if count == 1 else 2} {implementation}"
+          print(f"{label:>28}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+def _programs(implementation: Implementation):
+  run = functools.partial(fuse, implementation=implementation)
+  return (
+    lambda m, s: run(m, s).mean,
+    lambda m, s: run(m, s),
+    jax.value_and_grad(lambda m, s: jnp.square(run(m, s).mean).sum(), (0, 1)),
+  )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ def by_subject(findings):
 def test_this_machine_is_described():
   findings = doctor.examine()
   found = by_subject(findings)
-  for subject in ("python", "jax", "devices", "rasteriser", "codecs", "memory", "disk"):
+  for subject in ("python", "jax", "devices", "rasteriser", "fusion", "codecs", "memory", "disk"):
     assert subject in found, subject
-  assert found["rasteriser"].status == "ok", str(found["rasteriser"])
+  for kernel in ("rasteriser", "fusion"):
+    assert found[kernel].status == "ok", str(found[kernel])
   assert doctor.healthy(findings), [str(f) for f in findings if f.status == "fail"]
   assert all("\n" not in str(finding) for finding in findings)
   assert all(f.remedy for f in findings if f.status != "ok")
@@ -58,11 +59,22 @@ def test_a_wrong_picture_is_a_failure(monkeypatch):
 
 
 def test_kernels_that_do_not_compile_are_a_warning(monkeypatch):
-  from kernels import splat
+  from kernels import fusion, splat
 
-  monkeypatch.setattr(splat, "choose", lambda: ("xla", "the Pallas kernels do not compile here: X"))
-  (finding,) = doctor._rasteriser()
-  assert finding.status == "warn" and "compile here: X" in finding.text and finding.remedy
+  for kernel, look in ((splat, doctor._rasteriser), (fusion, doctor._fusion)):
+    monkeypatch.setattr(
+      kernel, "choose", lambda: ("xla", "the Pallas kernels do not compile here: X"))
+    (finding,) = look()
+    assert finding.status == "warn" and "compile here: X" in finding.text and finding.remedy
+
+
+def test_a_fusion_that_fuses_wrong_is_a_failure(monkeypatch):
+  from kernels import fusion
+
+  real = fusion.fuse
+  monkeypatch.setattr(fusion, "fuse", lambda means, log_vars: real(means + 0.1, log_vars))
+  (finding,) = doctor._fusion()
+  assert finding.status == "fail" and "0.6" in finding.text
 
 
 def test_versions_are_compared_as_numbers():
