@@ -37,6 +37,11 @@ def fuse(
   they hold the members' spread over k - ddof besides the mean of their variances (stage 2).
   All outputs are differentiable; the traces cost nothing where they are not used.
 
+  In float32 the mean is good to 1e-5 however small the variances are beside the spread, as long
+  as there are more latents than unknowns, modalities times (members - 1). With fewer, an answer
+  whose variances fall below 1e-5 of the squared spread loses its digits: 2e-5 is left at a
+  ratio of 400, nothing at 160 000; the reference in float64 tells.
+
   Args:
     means: members' means.
     log_vars: log of their variances, finite; clip them before.
