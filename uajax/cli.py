@@ -101,19 +101,29 @@ class Train:
   preset: Preset = "quick"  # demo: CPU, minutes; quick: a GPU, minutes; paper: as published
   experiment: Path | None = None  # a Python file with get_config() -> Experiment, not a preset
   frames: Literal["auto", "resident", "streamed"] = "auto"  # on the device, or read as it goes
+  coordinator: str | None = None  # HOST:PORT of the first of several processes that train as one,
+  processes: int | None = None  # how many there are,
+  process: int | None = None  # and which of them this is, from 0
+  distributed: bool = False  # several processes that Slurm, MPI or a TPU pod know of
 
   def run(self) -> int:
-    from uajax import lpips
+    which = (self.coordinator, self.processes, self.process)
+    if None in which and which != (None, None, None):
+      raise WrongUse("--coordinator, --processes and --process go together: give all three or none")
+    from uajax import hosts, lpips
     from uajax.train import loop
 
-    try:
-      perceptual = lpips.load()
-    except UserError:
-      perceptual = None  # the loop says what follows from that
-    loop.train(
-      self.subject, self.workdir, self.config, perceptual=perceptual, frames=self.frames
-    )
-    print(f"run folder: {self.workdir}; next: uajax evaluate {self.workdir}")
+    several = self.distributed or self.coordinator is not None
+    with hosts.joined(*which) if several else contextlib.nullcontext():
+      try:
+        perceptual = lpips.load()
+      except UserError:
+        perceptual = None  # the loop says what follows from that
+      loop.train(
+        self.subject, self.workdir, self.config, perceptual=perceptual, frames=self.frames
+      )
+      if hosts.is_first():
+        print(f"run folder: {self.workdir}; next: uajax evaluate {self.workdir}")
     return 0
 
 

@@ -113,7 +113,8 @@ class Run:
 
   def steps(self) -> list[int]:
     """The checkpoints that were written to their end, oldest first."""
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    options = ocp.CheckpointManagerOptions(
+      read_only=True, create=False, multiprocessing_options=_first_alone())
     with ocp.CheckpointManager(self.checkpoints.resolve(), options=options) as manager:
       return sorted(manager.all_steps())
 
@@ -140,27 +141,29 @@ class Run:
     """One checkpoint, see `restore`; fails in any way if it is not what was saved."""
     _check_sums(self.checkpoints / str(step))
     avatar_tree = self._read(step, "avatar")
-    state = self._item(step, "progress", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    state = self._item(step, "progress", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
     sh_degree = state.pop("sh_degree")
     avatar = _avatar(avatar_tree, self.experiment, sh_degree)
     progress = Progress(**state)
     template = training(avatar, progress) if training else None
     if template is None:
       return avatar, None, progress
-    tree = self._read(step, "training")
-    restored = jax.tree.map(jax.numpy.asarray, flax.serialization.from_state_dict(template, tree))
-    return avatar, restored, progress
+    return avatar, _fill(template, self._read(step, "training")), progress
 
   def _read(self, step: int, item: str):
     """A saved tree as NumPy arrays, whatever devices wrote it."""
     path = self.checkpoints.resolve() / str(step) / item
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    alone = _first_alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
       metadata = reader.metadata(path).item_metadata.tree
       as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
       return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
   def _item(self, step: int, item: str, handler, args):
-    with ocp.Checkpointer(handler) as reader:
+    alone = _first_alone()
+    made = handler(multiprocessing_options=alone)
+    with ocp.Checkpointer(made, multiprocessing_options=alone) as reader:
       return reader.restore(self.checkpoints.resolve() / str(step) / item, args=args)
 
 
@@ -219,8 +222,10 @@ class Saver:
         if folder.name.isdigit() and int(folder.name) > self._newest:
           shutil.rmtree(folder)
       self._sweep()
+      run.checkpoints.mkdir(exist_ok=True)
       options = ocp.CheckpointManagerOptions(
         max_to_keep=run.experiment.keep, todelete_subdir=_OLD, enable_async_checkpointing=True,
+        create=False, multiprocessing_options=_first_alone(),
         async_options=ocp.AsyncOptions(post_finalization_callback=self._seal))
       self._manager = ocp.CheckpointManager(run.checkpoints.resolve(), options=options)
     return self._manager
@@ -396,6 +401,35 @@ def _avatar(tree: dict, experiment: Experiment, sh_degree: int) -> Avatar:
     layer = jax.tree.map(jax.numpy.asarray, tree[name])
     layers[name] = Layer(Splats(**layer["splats"]), layer["alive"], layer["motion"])
   return Avatar(**layers, config=experiment.model.motion, sh_degree=sh_degree)
+
+
+def pack(avatar: Avatar, training: typing.Any, progress: Progress) -> bytes:
+  """A checkpoint as a message to other processes."""
+  arrays = _snapshot({"avatar": _arrays(avatar), "training": training})
+  return flax.serialization.msgpack_serialize(
+    arrays | {"progress": progress._asdict(), "sh_degree": avatar.sh_degree})
+
+
+def unpack(message: bytes, experiment: Experiment, training=None
+           ) -> tuple[Avatar, typing.Any, Progress]:
+  """What was packed; `training` as in `Run.restore`."""
+  tree: typing.Any = flax.serialization.msgpack_restore(message)
+  progress = Progress(**tree["progress"])
+  avatar = _avatar(tree["avatar"], experiment, tree["sh_degree"])
+  template = training(avatar, progress) if training else None
+  return avatar, template and _fill(template, tree["training"]), progress
+
+
+def _fill(template, tree):
+  return jax.tree.map(jax.numpy.asarray, flax.serialization.from_state_dict(template, tree))
+
+
+def _first_alone() -> ocp.options.MultiprocessingOptions:
+  """For Orbax: of several processes the first reads and writes, and waits for none."""
+  if jax.process_count() == 1:
+    return ocp.options.MultiprocessingOptions()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
 
 
 def _snapshot(tree):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uajax import memory
+from uajax import hosts, memory
 from uajax.config import Experiment, Stage
 from uajax.data import folder
 from uajax.data.loader import Source
@@ -58,7 +58,7 @@ class Feed:
       UserError: a picture is damaged.
     """
     self._source, self._experiment, self._mesh = source, experiment, mesh
-    self.streamed = _is_streamed(source, mesh, place)
+    self.streamed = bool(hosts.largest(_is_streamed(source, mesh, place)))
     self.steps = _chunk_steps(source, experiment)
     self.material, self._pictures = _upload(source, mesh, self.streamed)
     self._reader = concurrent.futures.ThreadPoolExecutor(1)
@@ -109,16 +109,19 @@ class Feed:
 
   def _read(self, frames, count: int, background: bool) -> Pictures:
     """The pictures of the first `count` steps, as many steps long as any chunk. In a thread."""
-    wanted = np.asarray(frames)[:count]
+    share = self._experiment.batch // hosts.count()  # of this process's devices
+    wanted = np.asarray(frames)[:count, hosts.number() * share : (hosts.number() + 1) * share]
     read = lambda frame: self._source.pictures(frame, background=background)
     rows = folder.gather(read, wanted.reshape(-1).tolist(), length=self.steps * wanted.shape[1])
     return jax.tree.map(lambda leaf: leaf.reshape(self.steps, -1, *leaf.shape[1:]), rows)
 
   def _share(self, array: np.ndarray) -> jax.Array:
-    """[s b ...] on the device, or each frame on the one that trains on it."""
+    """[s b ...], this process's share of b, each frame on the device that trains on it."""
     if self._mesh is None:
       return jax.device_put(array)
-    return jax.device_put(array, NamedSharding(self._mesh, PartitionSpec(None, FRAMES)))
+    return jax.make_array_from_process_local_data(
+      NamedSharding(self._mesh, PartitionSpec(None, FRAMES)), array,
+      (len(array), self._experiment.batch, *array.shape[2:]))
 
 
 def _is_streamed(source: Source, mesh: Mesh | None, place: Place) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from uajax import runs, saving
+from uajax import hosts, runs, saving
 from uajax.avatar import Avatar, Layer, init_motion, render
 from uajax.config import Experiment, Stage
 from uajax.data import loader
@@ -59,8 +60,9 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
   clip, val = (loader.open_source(subject, split, audio=experiment.model.audio, source=source)
                for split in ("train", "val"))
   experiment = fit_audio(experiment, clip)
-  run = runs.create(workdir, subject, experiment)
-  runs.copy_extractors(subject, run)
+  record = hosts.told(lambda: _open(workdir, subject, experiment))
+  run = runs.Run(pathlib.Path(workdir), json.loads(record))
+  experiment = run.experiment  # the first process's
   if perceptual is None and any(s.lpips_from < s.steps for s in experiment.stages()):
     _log.warning("LPIPS weights are not at hand: trained without the perceptual terms "
                  "(`uajax doctor` says how to get them)")
@@ -74,7 +76,11 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
   with _heeded() as asked, feed.Feed(clip, experiment, mesh_of(experiment), frames) as fed:
     while True:
       try:
-        with run.saver(at.total) as saver, Journal(run.path, at.total) as journal:
+        with contextlib.ExitStack() as opened:
+          saver = journal = None
+          if hosts.is_first():
+            saver = opened.enter_context(run.saver(at.total))
+            journal = opened.enter_context(Journal(run.path, at.total))
           _train_stages(run, avatar, training, at, fed, shown, perceptual, journal, saver, asked)
         return run
       except _Diverged as fault:
@@ -93,8 +99,21 @@ class _Diverged(Exception):
 
 def _stand(run: runs.Run, clip: loader.Source) -> tuple[Avatar, dict | None, runs.Progress]:
   """Where training stands: the last checkpoint, or the beginning."""
-  found = run.restore(lambda avatar, at: _resume_template(avatar, run.experiment, at))
-  return found or (_begin(run.experiment, clip), None, runs.Progress(0, 0, 0))
+  template = lambda avatar, at: _resume_template(avatar, run.experiment, at)
+
+  def stand():
+    return run.restore(template) or (_begin(run.experiment, clip), None, runs.Progress(0, 0, 0))
+
+  if hosts.count() == 1:
+    return stand()
+  return runs.unpack(hosts.told(lambda: runs.pack(*stand())), run.experiment, template)
+
+
+def _open(workdir, subject: pathlib.Path, experiment: Experiment) -> bytes:
+  """The record of the run in `workdir`, which is made if need be."""
+  run = runs.create(workdir, subject, experiment)
+  runs.copy_extractors(subject, run)
+  return json.dumps(run.record).encode()
 
 
 def _roll_back(run: runs.Run, clip: loader.Source, fault: _Diverged):
@@ -194,33 +213,46 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
       report = {name: float(value) / count for name, value in sums.items()}
       took = time.monotonic() - began
       report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
-      journal.write(before + step, stage.name, step, report)
+      if journal:
+        journal.write(before + step, stage.name, step, report)
       at = _with_capacity(stage, state, at, report["overflow"])
       if int(state.skipped) >= GIVE_UP_AFTER:
         here = at._replace(stage=number, step=step, total=before + step)
         raise _Diverged(stage, here, int(state.skipped))
-    done, stopping = step == stage.steps, bool(asked)
-    if step % experiment.picture_every == 0 or done:
-      journal.picture(before + step, stage.name, _picture(state.avatar, stage, shown))
+    done, stopping = step == stage.steps, hosts.largest(asked[0] if asked else 0)
+    if journal and (step % experiment.picture_every == 0 or done):
+      picture = _picture(hosts.local(state.avatar), stage, shown)
+      journal.picture(before + step, stage.name, picture)
     here = at._replace(stage=number, step=step, total=before + step)
-    saver.check()
+    training = _training(state)
     if done:
       here = here._replace(stage=number + 1, step=0, rollbacks=0)
-      saver.save(state.avatar, {"step": state.step}, here)
-    elif (step % experiment.save_every == 0 or stopping) and int(state.skipped) == 0:
-      # A state without a finite gradient is none to go back to.
-      saver.save(state.avatar, _training(state), here)
+      training = {"step": state.step}
+    # A state without a finite gradient is none to go back to.
+    wanted = step % experiment.save_every == 0 or stopping > 0
+    due = done or (wanted and int(state.skipped) == 0)
+    hosts.alone(functools.partial(
+      _save, saver, state.avatar, training, here, due, stopping > 0))
     if stopping:
-      saver.wait()
       progress.close()
       raise Stopped(
-        f"stopped by {signal.Signals(asked[0]).name} after step {step} of {stage.steps} of the "
+        f"stopped by {signal.Signals(stopping).name} after step {step} of {stage.steps} of the "
         f"{stage.name} stage: the same command resumes from the last checkpoint in {run.path}",
-        asked[0])
+        stopping)
     if done:
       at = here
     begun, began, sums = step, time.monotonic(), no_sums()
   return state.avatar, at
+
+
+def _save(saver: runs.Saver, avatar: Avatar, training: dict, at: runs.Progress, due: bool,
+          last: bool) -> None:
+  """Says if an earlier checkpoint failed, begins this one if `due`, ends it if it is the `last`."""
+  saver.check()
+  if due:
+    saver.save(avatar, training, at)
+  if last:
+    saver.wait()
 
 
 def _ends(experiment: Experiment, stage: Stage, step: int) -> Iterator[int]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from uajax.avatar import Avatar
 from uajax.config import Experiment, Stage
+from uajax.errors import UserError
 from uajax.train import densify, optimizer, sampling
 from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
 from uajax.types import Camera, Controls, Frame, Guide, Pictures
@@ -72,7 +73,12 @@ def spread(tree, mesh: Mesh | None):
   """The same arrays on every device of a mesh."""
   if mesh is None:
     return jax.tree.map(jnp.asarray, tree)
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  if everywhere.is_fully_addressable:
+    return jax.device_put(tree, everywhere)
+  put = lambda leaf: jax.make_array_from_process_local_data(
+    everywhere, np.asarray(leaf), np.shape(leaf))
+  return jax.tree.map(put, tree)
 
 
 def no_sums() -> dict:
@@ -101,14 +107,22 @@ def sh_degree(stage: Stage, step):
 
 
 def mesh_of(experiment: Experiment) -> Mesh | None:
-  """As many of this host's devices as share a batch evenly; None if that is but one.
+  """As many devices of every process as share a batch evenly; None if that is but one.
 
   A device takes `batch` / devices frames of every step. A batch of B is one step for B frames:
   for the same schedule take 1 / B of the steps, and sqrt(B) times the rates (Adam's rule).
+
+  Raises:
+    UserError: there are processes that would get no frame, or not as many as others.
   """
-  devices = jax.local_devices()
-  count = max(n for n in range(1, len(devices) + 1) if experiment.batch % n == 0)
-  return None if count == 1 else Mesh(np.asarray(devices[:count]), (FRAMES,))
+  hosts = [jax.local_devices(process_index=i) for i in range(jax.process_count())]
+  if experiment.batch % len(hosts):
+    raise UserError(f"{len(hosts)} processes cannot share a batch of {experiment.batch} evenly: "
+                    f"give --batch {len(hosts)}, or a multiple of it")
+  share = experiment.batch // len(hosts)
+  count = max(n for n in range(1, min(map(len, hosts)) + 1) if share % n == 0)
+  devices = [device for host in hosts for device in host[:count]]
+  return None if len(devices) == 1 else Mesh(np.asarray(devices), (FRAMES,))
 
 
 def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
