@@ -52,7 +52,7 @@ preprocess:  ## VIDEO=me.mp4 SUBJECT=data/me
 extract:
 	$(BIN)/uajax extract $(SUBJECT) $(ARGS)
 
-train:  ## SUBJECT=data/me RUN=runs/me PRESET=quick|paper, or EXPERIMENT=experiments/x.py
+train:  ## SUBJECT=data/me RUN=runs/me PRESET=quick|paper, or EXPERIMENT=experiments/x.py; one of two hosts: ARGS="--batch 2 --coordinator HOST:PORT --processes 2 --process 0"
 	$(BIN)/uajax train $(SUBJECT) --workdir $(RUN) $(if $(EXPERIMENT),--experiment $(EXPERIMENT),--preset $(PRESET)) $(ARGS)
 
 synthesize:  ## RUN=runs/me AUDIO=speech.wav OUT=talk.mp4
