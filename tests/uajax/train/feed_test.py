@@ -1,6 +1,11 @@
 """Every step is fed the frames that its number and the key decide, wherever pictures lie."""
 
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +15,12 @@ import pytest
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from uajax import config
-from uajax.data import loader
+from uajax.data import folder, loader
 from uajax.errors import UserError
 from uajax.train import feed, sampling, step
 from uajax.types import MOUTH
 
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 KEY = jax.random.key(3)
 EXPERIMENT = dataclasses.replace(tiny_run.EXPERIMENT, batch=2, log_every=10)
 
@@ -91,3 +97,45 @@ def test_a_picture_damaged_while_training_is_told_in_one_line(tmp_path):
       picture.write_bytes(b"torn")
     with pytest.raises(UserError, match=r"gt_imgs.*damaged picture"):
       next(fed.chunks(config.FUSE, KEY, 0, [3]))
+
+
+def long_subject(path, count, monkeypatch):
+  """`count` frames of 512 px: twelve of them again and again, as links."""
+  monkeypatch.setattr(subject_folder, "HEIGHT", 512)
+  monkeypatch.setattr(subject_folder, "WIDTH", 512)
+  subject_folder.make(path)
+  few = subject_folder.FRAMES
+  for kind in ("ori_imgs", "gt_imgs", "torso_imgs", "parsing", "teeth_mask"):
+    for file in list((path / kind).iterdir()):
+      for number in range(int(file.stem) + few, count, few):
+        os.link(file, path / kind / f"{number}{file.suffix}")
+  repeated = np.arange(count) % few
+  np.save(path / "aud_mel.npy", np.load(path / "aud_mel.npy")[repeated])
+  head, *rows = (path / "au.csv").read_text().splitlines()
+  (path / "au.csv").write_text("\n".join([head, *(rows[i] for i in repeated)]))
+  document = json.loads((path / "transforms_train.json").read_text())
+  poses = document["frames"]
+  document["frames"] = [poses[i % len(poses)] | {"img_id": i} for i in range(count)]
+  (path / "transforms_train.json").write_text(json.dumps(document))
+  rows = {name: np.zeros((count, width)) for name, width in
+          (("f_exp", 64), ("f_tone", 64), ("emotion", 128))}
+  folder.write_features(path, "train", **rows)
+
+
+@pytest.mark.slow
+def test_six_thousand_frames_of_512_px_need_no_4_gib_of_the_host(tmp_path, monkeypatch):
+  """The pictures alone are 10 GiB. What training itself takes comes on top."""
+  long_subject(tmp_path / "long", 6000, monkeypatch)
+  code = ("import dataclasses, resource, jax\n"
+          "from uajax import config\n"
+          "from uajax.data import loader\n"
+          "from uajax.train import feed\n"
+          f"source = loader.open_source({str(tmp_path / 'long')!r}, source='folder')\n"
+          "with feed.Feed(source, config.paper(), None, 'streamed') as fed:\n"
+          "  for _, chunk in fed.chunks(config.FUSE, jax.random.key(0), 0, range(100, 401, 100)):\n"
+          "    jax.block_until_ready(chunk)\n"
+          "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n")
+  child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+  assert child.returncode == 0, child.stderr
+  assert float(child.stdout) < 3, "GiB: training wants some of the four"
