@@ -41,7 +41,7 @@ bench:  ## the splatting kernels, beside gsplat where it is installed
 	$(BIN)/python -m kernels.splat.bench $(ARGS)
 
 bench-steps:  ## training steps and drawn frames
-	$(BIN)/python -m experiments.speed $(ARGS)
+	$(BIN)/python -m uajax.train.bench $(ARGS)
 
 doctor:
 	$(BIN)/uajax doctor

@@ -1,4 +1,4 @@
-"""How long a training step and a drawn frame take here: `python -m experiments.speed --help`.
+"""How long a training step and a drawn frame take here: `python -m uajax.train.bench --help`.
 
 A head-sized shell of splats stands for an avatar: what is timed is the real training step of each
 phase (motion networks, rasteriser, losses, optimiser) and the real drawing of a frame, face and
@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels.splat.cases import Case, scene
 from uajax import avatar as avatars
@@ -30,22 +31,25 @@ def main():
   parser.add_argument("--splats", type=int, default=30_000, help="of the face")
   parser.add_argument("--mouth-splats", type=int, default=10_000)
   parser.add_argument("--side", type=int, default=512, help="of the picture, px")
+  parser.add_argument("--batch", type=int, default=1,
+                      help="frames a step, shared among the devices that divide them")
   parser.add_argument("--preset", choices=config.PRESETS, default="paper")
   parser.add_argument("--phases", nargs="*", choices=PHASES, default=PHASES)
   parser.add_argument("--steps", type=int, default=50, help="of a run; the median of five counts")
   parser.add_argument("--trace", help="folder for a profile of one more run of each phase")
   args = parser.parse_args()
-  experiment = config.preset(args.preset)
+  experiment = dataclasses.replace(config.preset(args.preset), batch=args.batch)
   avatar = dummy(experiment, args.splats, args.mouth_splats)
   material, chunk = clip(experiment, args.side, args.steps)
-  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.splats} splats of the face, "
-        f"{args.mouth_splats} of the mouth, {args.side} px, networks of preset {args.preset}",
-        flush=True)
+  mesh = step.mesh_of(experiment)
+  print(f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}, jax "
+        f"{jax.__version__}; {args.splats} splats of the face, {args.mouth_splats} of the mouth, "
+        f"{args.side} px, networks of preset {args.preset}", flush=True)
   for phase in args.phases:
     ms, compile_s, peak_mb = time_steps(experiment, avatar, phase, material, chunk, args.steps,
                                         args.trace)
-    print(f"{phase:9} step {ms:8.2f} ms   {peak_mb:6.0f} MB   compiled in {compile_s:.0f} s",
-          flush=True)
+    print(f"{phase:9} step {ms:8.2f} ms   {1e3 * args.batch / ms:6.0f} frames a second   "
+          f"{peak_mb:6.0f} MB a device   compiled in {compile_s:.0f} s", flush=True)
   for doubt in (False, True):
     ms = time_frames(avatar, material, args.side, args.steps, doubt)
     print(f"frame {'with' if doubt else 'without'} uncertainty {ms:8.2f} ms   "
@@ -115,24 +119,30 @@ def time_steps(experiment: config.Experiment, avatar: avatars.Avatar, phase: str
     first=number, pictures=chunk.pictures if phase == "fuse" else
     chunk.pictures._replace(background=None))
   state = step.State(
-    avatar=jax.tree.map(jnp.copy, avatar), opt=optimizer.init(optimizer.trainable(avatar, stage)),
+    avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, stage)),
     stats=densify.no_stats(len(avatar.face.alive)), step=number, skipped=jnp.zeros((), jnp.int32))
-  fixed = (experiment, stage, kind, None)
-  key, count = jax.random.key(0), jnp.asarray(steps)
+  mesh = step.mesh_of(experiment)
+  state = jax.tree.map(jnp.copy, state)  # whose memory the steps take
+  state, sums, material, key = step.spread(
+    (state, step.no_sums(), material, jax.random.key(0)), mesh)
+  if mesh is not None:
+    shared = NamedSharding(mesh, PartitionSpec(None, step.FRAMES))
+    chunk = step.spread(chunk, mesh).replace(pictures=jax.device_put(chunk.pictures, shared))
+  count = jnp.asarray(steps)
   begun = time.perf_counter()
-  compiled = step.run_steps.lower(
-    *fixed, state, step.no_sums(), count, material, chunk, None, key).compile()
+  compiled = step.run_steps.lower(experiment, stage, kind, None, state, sums, count, material,
+                                  chunk, None, key, mesh=mesh).compile()
   compile_s = time.perf_counter() - begun
   use = compiled.memory_analysis()
-  frames = sum(x.nbytes for x in jax.tree.leaves(chunk.pictures))
+  frames = sum(x.nbytes for x in jax.tree.leaves(chunk.pictures)) // (mesh.size if mesh else 1)
   peak = (use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
           - use.alias_size_in_bytes - frames if use else float("nan"))
 
   def run(state):
     # The same steps each time: schedules depend on their number.
-    state = state.replace(step=jnp.asarray(first[phase], jnp.int32))
+    state = state.replace(step=step.spread(jnp.copy(number), mesh))  # it is donated
     return jax.block_until_ready(compiled(
-      state, step.no_sums(), count, material, chunk, None, key))[0]
+      state, sums, count, material, chunk, None, key))[0]
 
   state, times = run(state), []
   for _ in range(RUNS):
