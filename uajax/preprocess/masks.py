@@ -7,7 +7,11 @@ so that edges do not flicker. From the layers come the clean background plate, t
 that plate behind the person, and the torso with its neck painted on beneath the chin, as
 method.md E.5 and E.6 have them.
 
-Axes: h w pixels, c classes (types.BACKGROUND .. types.TORSO).
+Soft layers are bytes: how many 255ths of a pixel belong to each of LAYERS; what is left of it is
+background. A clip's soft layers need not be read from every frame: `carry` moves them along with
+the landmarks.
+
+Axes: h w pixels, c layers, p landmarks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,17 +26,19 @@ from uajax.preprocess import landmarks as marks
 from uajax.preprocess.landmarks import Roi
 from uajax.types import BACKGROUND, FACE, HAIR, MOUTH, NECK, TORSO
 
-CLASSES = 6
+LAYERS = (FACE, HAIR, NECK, TORSO)
 PERSON_SIDE, HAIR_SIDE, PARSER_SIDE = 256, 512, 448
 # The parser's 19 classes (CelebAMask-HQ) as ours. Ears, brows, eyes, glasses and lips are face,
 # a hat is hair (both move with the head), the inner mouth is taken from the landmarks.
 PARSER_CLASSES = np.array(
   [BACKGROUND] + [FACE] * 13 + [NECK, NECK, TORSO, HAIR, HAIR], np.uint8
 )  # fmt: skip
+_PARSER_LAYERS = 255 * (PARSER_CLASSES[:, None] == np.array(LAYERS)).astype(np.uint8)  # 19 c
 PARSER_SPAN = 1.6  # side of what the parser sees, in landmark squares
-SHARE = np.array([0.2, 0.6, 0.2], np.float32)  # of the frame before, this one and the next
+SHARE = (51, 154, 51)  # 256ths: of the frame before, this one and the next
 MARGIN = 0.016  # of the picture's height: nearer to the person a pixel is not yet background
 PLATE_SAMPLES = 64
+WARP_CELLS = 16  # along a side of the picture, where layers are carried
 
 
 class Segmenter:
@@ -48,15 +54,15 @@ class Segmenter:
 
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"], points: Float[np.ndarray, "p 3"], roi: Roi
-  ) -> Float32[np.ndarray, "h w c"]:
-    """Class probabilities; nothing is given to MOUTH. `roi` is the square around the face."""
+  ) -> UInt8[np.ndarray, "h w c"]:
+    """Soft layers; the mouth is still face. `roi` is the square around the face."""
     h, w = image.shape[:2]
     small = _resize(image, PERSON_SIDE, PERSON_SIDE).astype(np.float32) / 255
-    person = _stretch(self._person(small)[0].reshape(PERSON_SIDE, PERSON_SIDE), h, w)
+    person = self._person(small)[0].reshape(PERSON_SIDE, PERSON_SIDE)
     if self._parser is not None:
       out = self._parse(self._parser, image, person, roi)
       return _claim_shoulders(out, person, float(points[marks.IBUG[48:60], 1].mean()))
-    return self._guess(image, person, points)
+    return self._guess(image, _stretch(person, h, w), points)
 
   def _parse(self, parser, image, person, roi) -> np.ndarray:
     h, w = image.shape[:2]
@@ -66,12 +72,7 @@ class Segmenter:
     else:
       square = Roi(roi.x, roi.y, side, 0.0)
     patch = marks.crop(image, square, PARSER_SIDE).astype(np.float32)
-    labels = PARSER_CLASSES[np.clip(parser(patch / 127.5 - 1)[0], 0, 18)].reshape(
-      PARSER_SIDE, PARSER_SIDE
-    )
-    # Beyond the parser's view the person is torso.
-    out = np.zeros((h, w, CLASSES), np.float32)
-    out[..., TORSO], out[..., BACKGROUND] = person, 1 - person
+    labels = np.clip(parser(patch / 127.5 - 1)[0], 0, 18).reshape(PARSER_SIDE, PARSER_SIDE)
     step = PARSER_SIDE / square.side
     c0, r0 = square.x - square.side / 2, square.y - square.side / 2
     rows = slice(max(int(np.ceil(r0)), 0), min(int(r0 + square.side), h))
@@ -81,11 +82,16 @@ class Segmenter:
       (columns.start - c0) * step, (rows.start - r0) * step,
       (columns.stop - c0) * step, (rows.stop - r0) * step,
     )  # fmt: skip
-    for label in (BACKGROUND, FACE, HAIR, NECK, TORSO):
-      layer = Image.fromarray((labels == label).astype(np.uint8) * 255)
-      layer = layer.filter(ImageFilter.GaussianBlur(1.2))
-      layer = layer.resize(size, Image.Resampling.BILINEAR, box=box)
-      out[rows, columns, label] = np.asarray(layer, np.float32) / 255
+    # Pillow filters four channels at once; it takes CMYK for what they are.
+    layers = Image.fromarray(_PARSER_LAYERS[labels], "CMYK")
+    layers = layers.filter(ImageFilter.GaussianBlur(1.2))
+    inside = np.asarray(layers.resize(size, Image.Resampling.BILINEAR, box=box))
+    if size == (w, h):
+      return inside.copy()
+    # Beyond the parser's view the person is torso.
+    out = np.zeros((h, w, len(LAYERS)), np.uint8)
+    out[..., LAYERS.index(TORSO)] = 255 * _stretch(person, h, w)
+    out[rows, columns] = inside
     return out
 
   def _guess(self, image, person, points) -> np.ndarray:
@@ -132,35 +138,42 @@ class Segmenter:
     ])  # fmt: skip
     throat[2:] += down[None] * max(float((chin - throat[0]) @ down), 0.0)
     neck = fill_polygon(throat, h, w) * _blur(likeness, 2.0) * (1 - above)
-    out = np.zeros((h, w, CLASSES), np.float32)
-    out[..., BACKGROUND] = (1 - person) * (1 - oval)
-    out[..., HAIR] = hair * (1 - oval * (1 - hair))
-    out[..., FACE] = np.maximum(person, oval) * above * (1 - hair)
-    out[..., NECK] = person * neck * (1 - hair)
-    out[..., TORSO] = person * (1 - above) * (1 - neck) * (1 - hair)
-    return out / np.maximum(out.sum(-1, keepdims=True), 1e-6)
+    shares = {
+      HAIR: hair * (1 - oval * (1 - hair)),
+      FACE: np.maximum(person, oval) * above * (1 - hair),
+      NECK: person * neck * (1 - hair),
+      TORSO: person * (1 - above) * (1 - neck) * (1 - hair),
+    }
+    out = np.stack([shares[layer] for layer in LAYERS], -1)
+    total = out.sum(-1) + (1 - person) * (1 - oval)
+    return np.round(out * (255 / np.maximum(total, 1e-6))[..., None]).astype(np.uint8)
 
 
 def _claim_shoulders(layers: np.ndarray, person: np.ndarray, lips_row: float) -> np.ndarray:
   """Gives to the torso what the matte is sure of and the parser, used to faces, calls background.
 
   Bare shoulders above all. Only regions of some width below the lips: along edges, and about the
-  hair, the parser is the sharper.
+  hair, the parser is the sharper. `person` is the matte, 0..1, [PERSON_SIDE PERSON_SIDE].
   """
-  h, w = person.shape
-  small = [_stretch(a, PERSON_SIDE, PERSON_SIDE) for a in (person, layers[..., BACKGROUND])]
-  region = ndi.binary_opening((small[0] > 0.9) & (small[1] > 0.5), np.ones((5, 5), bool))
-  region[: max(int(lips_row / h * PERSON_SIDE), 0)] = False
-  if region.any():
-    region = ndi.binary_dilation(region, np.ones((5, 5), bool))
-    move = _stretch(region, h, w) * person * layers[..., BACKGROUND]
-    layers[..., BACKGROUND] -= move
-    layers[..., TORSO] += move
+  h, w = layers.shape[:2]
+  top = max(int(lips_row / h * PERSON_SIDE), 0)
+  known = Image.fromarray(layers, "CMYK").resize((PERSON_SIDE, PERSON_SIDE))
+  region = person > 0.9
+  region[top:] &= np.asarray(known)[top:].sum(-1, dtype=np.uint16) < 128
+  region[:top] = False
+  if not region.any():
+    return layers
+  region = ndi.binary_opening(region, np.ones((5, 5), bool))
+  if not region.any():
+    return layers
+  region = ndi.binary_dilation(region, np.ones((5, 5), bool))
+  room = np.clip(255 - layers.sum(-1, dtype=np.int16), 0, 255)
+  layers[..., LAYERS.index(TORSO)] += (_stretch(region * person, h, w) * room).astype(np.uint8)
   return layers
 
 
 def smooth(layers: Iterable[np.ndarray | None]) -> Iterator[np.ndarray | None]:
-  """Averages each frame's probabilities with its neighbours'; None stays None."""
+  """Averages each frame's soft layers with its neighbours'; None stays None."""
   before: np.ndarray | None = None
   this: np.ndarray | None = None
   first = True
@@ -175,37 +188,123 @@ def smooth(layers: Iterable[np.ndarray | None]) -> Iterator[np.ndarray | None]:
 def _mix(before, this, after):
   if this is None:
     return None
-  out = SHARE[1] * this
+  out = this.astype(np.uint16) * SHARE[1]
   for neighbour, share in ((before, SHARE[0]), (after, SHARE[2])):
-    out += share * (this if neighbour is None else neighbour)
+    out += (this if neighbour is None else neighbour) * np.uint16(share)
+  return ((out + 128) >> 8).astype(np.uint8)
+
+
+def carry(
+  before: UInt8[np.ndarray, "h w c"],
+  after: UInt8[np.ndarray, "h w c"],
+  points_before: Float[np.ndarray, "p 3"],
+  points_after: Float[np.ndarray, "p 3"],
+  points: Float[np.ndarray, "p 3"],
+  share: float,
+) -> UInt8[np.ndarray, "h w c"]:
+  """Soft layers of a frame between two whose layers are known, moved along with the landmarks.
+
+  Each known frame's head is brought to where the landmarks say that it is now; torso and room
+  stay. The two then mix.
+
+  Args:
+    before: layers of the earlier frame.
+    after: layers of the later frame; both of one size.
+    points_before: landmarks of the earlier frame, pixels.
+    points_after: of the later frame.
+    points: of the frame wanted.
+    share: of the later frame in the mix, 0..1: how far the frame lies between the two.
+  """
+  late = round(256 * share)
+  if late <= 0:
+    return _bring(before, points_before, points)
+  if late >= 256:
+    return _bring(after, points_after, points)
+  out = _bring(before, points_before, points) * np.uint16(256 - late)
+  out += _bring(after, points_after, points) * np.uint16(late)
+  return ((out + 128) >> 8).astype(np.uint8)
+
+
+def _bring(layers, points_then, points_now) -> np.ndarray:
+  """Layers seen at `points_then`, the head moved to `points_now`.
+
+  The head moves as one affine map of its landmarks, and about each landmark as that does (the
+  jaw, the cheeks); under the chin the motion fades out.
+  """
+  h, w = layers.shape[:2]
+  then, now = points_then[:468, :2], points_now[:468, :2]
+  middle = now.mean(0)
+  away = np.concatenate([now - middle, np.ones((len(now), 1))], 1)
+  affine = np.linalg.lstsq(away, then - now, rcond=None)[0]
+  rest = then - now - away @ affine
+  xs, ys = np.linspace(0, w, WARP_CELLS + 1), np.linspace(0, h, WARP_CELLS + 1)
+  nodes = np.stack(np.meshgrid(xs, ys), -1)  # r c 2
+  some = slice(None, None, 4)  # landmarks lie denser than the nodes
+  apart = ((nodes[:, :, None] - now[some]) ** 2).sum(-1)
+  top, chin = now[10], now[152]
+  size = max(float(np.linalg.norm(chin - top)), 1.0)
+  near = np.exp(-0.5 * apart / (0.08 * size) ** 2)
+  local = near @ rest[some] / (near.sum(-1, keepdims=True) + 0.1)
+  whole = np.concatenate([nodes - middle, np.ones_like(nodes[..., :1])], -1) @ affine
+  below = (nodes - chin) @ (chin - top) / size**2
+  move = (whole + local) * np.clip(1 - below / 0.4, 0, 1)[..., None]
+  moved = np.linalg.norm(move, axis=-1) > 0.1
+  if not moved.any():
+    return layers
+  # Only cells with a moved corner are drawn anew.
+  cells = moved[:-1, :-1] | moved[1:, :-1] | moved[:-1, 1:] | moved[1:, 1:]
+  source = np.clip(nodes + move, 0, [w, h])
+  edges_x, edges_y = np.round(xs).astype(int), np.round(ys).astype(int)
+  source += np.stack(np.meshgrid(edges_x - xs, edges_y - ys), -1)
+  rows, columns = np.flatnonzero(cells.any(1)), np.flatnonzero(cells.any(0))
+  r0, r1, c0, c1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+  left, upper = edges_x[c0], edges_y[r0]
+  mesh = [
+    (
+      (edges_x[c] - left, edges_y[r] - upper, edges_x[c + 1] - left, edges_y[r + 1] - upper),
+      (*source[r, c], *source[r + 1, c], *source[r + 1, c + 1], *source[r, c + 1]),
+    )
+    for r in range(r0, r1)
+    for c in range(c0, c1)
+  ]
+  size_px = (edges_x[c1] - left, edges_y[r1] - upper)
+  picture = Image.fromarray(layers, "CMYK")
+  drawn = picture.transform(size_px, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+  out = layers.copy()
+  out[upper : edges_y[r1], left : edges_x[c1]] = np.asarray(drawn)
   return out
 
 
 def classify(
-  layers: Float32[np.ndarray, "h w c"], points: Float[np.ndarray, "p 3"]
+  layers: UInt8[np.ndarray, "h w c"], points: Float[np.ndarray, "p 3"]
 ) -> UInt8[np.ndarray, "h w"]:
   """One class a pixel: the likeliest, without specks and holes; the mouth as the lips show it."""
   h, w = layers.shape[:2]
-  classes = np.argmax(layers, axis=2).astype(np.uint8)
+  planes = [np.ascontiguousarray(layers[..., c]) for c in range(len(LAYERS))]
+  likeliest, top = np.full((h, w), LAYERS[0], np.uint8), planes[0].copy()
+  for label, plane in zip(LAYERS[1:], planes[1:], strict=True):
+    likeliest[plane > top] = label
+    np.maximum(top, plane, out=top)
+  classes = likeliest.copy()
+  classes[255 - layers.sum(-1, dtype=np.int16) >= top] = BACKGROUND
   # The person is one piece without holes.
   person = classes != BACKGROUND
-  size = _piece_sizes(person)
-  whole = size == size.max()
-  classes[person & ~whole] = BACKGROUND
-  size = _piece_sizes(~whole)
-  hole = (size > 0) & (size < 0.002 * h * w)
-  likeliest = np.argmax(layers[..., 1:], axis=2).astype(np.uint8) + 1
+  loose = _pieces(person, share=1.0)
+  classes[loose] = BACKGROUND
+  person &= ~loose
+  hole = _pieces(~person, pixels=0.002 * h * w)
   classes[hole] = likeliest[hole]
   # Each layer loses its specks to what lies nearest.
   speck = np.zeros((h, w), bool)
-  for label in (FACE, HAIR, NECK, TORSO):
-    size = _piece_sizes(classes == label)
-    speck |= (size > 0) & (size < 0.1 * size.max())
+  for label in LAYERS:
+    speck |= _pieces(classes == label, share=0.1)
   if speck.any():
-    lost = speck | (classes == BACKGROUND)
-    nearest = ndi.distance_transform_edt(lost, return_distances=False, return_indices=True)
-    r, c = np.asarray(nearest)
-    classes[speck] = classes[r[speck], c[speck]]
+    lost = (speck | (classes == BACKGROUND))[::2, ::2]
+    if not lost.all():
+      nearest = ndi.distance_transform_edt(lost, return_distances=False, return_indices=True)
+      r, c = np.nonzero(speck)
+      at = 2 * np.asarray(nearest)[:, r // 2, c // 2]
+      classes[r, c] = classes[at[0], at[1]]
   gap = np.linalg.norm(points[13, :2] - points[14, :2])
   if gap > 0.004 * h:
     classes[fill_polygon(points[marks.INNER_LIPS, :2], h, w) > 0.5] = MOUTH
@@ -218,8 +317,9 @@ def find_teeth(
   """Bright, pale pixels of the inner mouth, judged by the face's own skin."""
   mouth = classes == MOUTH
   out = np.zeros(mouth.shape, bool)
-  skin = image[classes == FACE]
-  if mouth.sum() < 12 or len(skin) < 100:
+  some = (slice(None, None, 4), slice(None, None, 4))  # skin enough to judge by
+  skin = image[some][classes[some] == FACE]
+  if mouth.sum() < 12 or len(skin) < 8:
     return out
   values = image[mouth].astype(np.float32)
   level = float(np.median(skin.max(1)))
@@ -227,7 +327,9 @@ def find_teeth(
   pale = 1 - values.min(1) / np.maximum(bright, 1)
   skin_pale = float(np.median(1 - skin.min(1) / np.maximum(skin.max(1), 1)))
   out[mouth] = (bright > 0.55 * level) & (pale < 0.8 * skin_pale)
-  return ndi.binary_opening(out, np.ones((2, 2), bool))
+  box = _surround(mouth, 2)
+  out[box] = ndi.binary_opening(out[box], np.ones((2, 2), bool))
+  return out
 
 
 class Plate:
@@ -346,14 +448,18 @@ def cut_torso(
     covered[top : row + begin, column] = True
     painted[top : row + begin, column] = True
   # Smooth what was painted, across columns above all, without the picture's own pixels.
-  weight = np.maximum(ndi.gaussian_filter(covered.astype(np.float32), (2, 3)), 1e-3)
-  soft = np.stack(
-    [ndi.gaussian_filter(colour[..., c] * covered, (2, 3)) / weight for c in range(3)], -1
-  )
-  colour = np.where((painted & ~body)[..., None], soft, colour)
+  fresh = painted & ~body
+  if fresh.any():
+    box = _surround(fresh, 12)  # the filters reach no farther
+    weight = np.maximum(ndi.gaussian_filter(covered[box].astype(np.float32), (2, 3)), 1e-3)
+    known = colour[box] * covered[box][..., None]
+    soft = ndi.gaussian_filter(known, (2, 3, 0)) / weight[..., None]
+    colour[box] = np.where(fresh[box][..., None], soft, colour[box])
   out = np.zeros((h, w, 4), np.uint8)
-  out[..., :3] = np.clip(np.round(colour), 0, 255) * covered[..., None]
-  out[..., 3] = covered * 255
+  shown = np.where(covered[..., None], colour, 0)
+  np.round(shown, out=shown)
+  out[..., :3] = np.clip(shown, 0, 255, out=shown)
+  out[..., 3] = covered * np.uint8(255)
   return out
 
 
@@ -376,13 +482,28 @@ def fill_polygon(
   return out
 
 
-def _piece_sizes(mask: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "h w"]:
-  """Of each pixel: how many pixels the connected piece has that it lies in; 0 outside the mask."""
+def _pieces(
+  mask: Bool[np.ndarray, "h w"], *, share: float = 0.0, pixels: float = 0.0
+) -> Bool[np.ndarray, "h w"]:
+  """The connected pieces of a mask with fewer pixels than `pixels` or `share` of the largest's."""
   pieces = np.zeros(mask.shape, np.int32)
-  ndi.label(mask, output=pieces)
+  count = int(np.asarray(ndi.label(mask, output=pieces)))
+  if not count:
+    return mask
   sizes = np.bincount(pieces.ravel())
   sizes[0] = 0
-  return sizes[pieces]
+  small = sizes < max(pixels, share * sizes.max())
+  small[0] = False
+  return small[pieces] if small.any() else np.zeros_like(mask)
+
+
+def _surround(mask: Bool[np.ndarray, "h w"], margin: int) -> tuple[slice, slice]:
+  """The rows and columns that hold all of a mask that is not empty, and `margin` more."""
+  rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+  return (
+    slice(max(int(rows[0]) - margin, 0), int(rows[-1]) + margin + 1),
+    slice(max(int(columns[0]) - margin, 0), int(columns[-1]) + margin + 1),
+  )
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
