@@ -1,12 +1,15 @@
 """Sound and moving pictures: decoded onto the project's clock, encoded into files (PyAV).
 
 Pictures come at an even rate by their timestamps, sound as 16 kHz mono on the same time
-axis: sample 0 is heard with frame 0. Everything is streamed, so length costs no memory
+axis: sample 0 is heard with frame 0. Both follow the timestamps of the file all along, so that
+neither gaps nor odd rates make them drift. Everything is streamed, so length costs no memory
 (sound: 64 kB a second).
 
 Axes: h w pixels, n samples.
 """
 
+import array
+import logging
 import math
 import os
 import pathlib
@@ -26,8 +29,14 @@ if TYPE_CHECKING:
 
 # PyAV is imported where it is used: WAV files are read and written without it.
 
+_LOG = logging.getLogger(__name__)
+
 _SILENT = 1e-3  # peak amplitude below which nothing is heard (-60 dB)
 _MISSING_S = 0.5  # what may lack at the end of a file before it counts as cut off
+_SLIP_S = 0.03  # sound this far from where its timestamps put it is moved there
+_GAP_S = 60.0  # timestamps that jump farther are damaged
+_LARGEST_PX = 48_000_000  # of a picture: 8k, and some; decoders hold a dozen of them
+_BAD_SHARE = 0.02  # of a stream's packets that may be damaged, and five more
 
 
 class VideoInfo(NamedTuple):
@@ -49,10 +58,8 @@ def probe(path: str | os.PathLike) -> VideoInfo:
   """
   with _open(path) as container:
     stream = _video_stream(container, path)
-    frame = next(_decode(container, stream, path, check_end=False), None)
-    if frame is None:
-      raise UserError(f"{path} holds no picture that can be decoded: check or re-encode the file")
-    width, height = frame.width, frame.height
+    frame = _first(container, stream, path)
+    width, height = _display_size(stream, frame)
     if round(frame.rotation / 90) % 2:
       width, height = height, width
     fps = float(stream.average_rate or stream.guessed_rate or 0)
@@ -66,7 +73,8 @@ def read_frames(
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
   """The pictures at an even `fps`: each tick shows the frame nearest in time.
 
-  Opens the file at once (so that a wrong one fails here) and decodes as it is iterated.
+  Upright, pixels square, all of the first one's size. Opens the file at once (so that a wrong
+  one fails here) and decodes as it is iterated.
 
   Raises:
     UserError: missing, not a video; while iterating: cut off (with the number of frames read).
@@ -80,73 +88,154 @@ def _ticks(path, fps) -> Iterator[np.ndarray]:
     stream = _video_stream(container, path)
     usual_s = 1 / float(stream.average_rate or fps)
     tick, begin_s, shown, shown_s = 0, 0.0, None, 0.0
+    size = (0, 0)
 
     def ticks_until(time_s: float) -> Iterator[np.ndarray]:
       nonlocal tick
       if tick / fps < time_s:
-        picture = _picture(shown)  # converted once, and only if it is seen
+        picture = _picture(shown, size)  # converted once, and only if it is seen
         while tick / fps < time_s:
           yield picture
           tick += 1
 
     for frame in _decode(container, stream, path):
       time_s = frame.time if frame.time is not None else begin_s + shown_s + usual_s
-      begin_s = time_s if shown is None else begin_s
+      if shown is None:
+        begin_s, size = time_s, _display_size(stream, frame)
       time_s -= begin_s
+      if time_s - shown_s > _GAP_S:
+        raise UserError(
+          f"{path} is damaged: after {shown_s:.1f} s its timestamps jump by "
+          f"{time_s - shown_s:.0f} s: re-encode it"
+        )
       if shown is not None:
         yield from ticks_until((shown_s + time_s) / 2)
-      shown, shown_s = frame, time_s
+      shown, shown_s = frame, max(time_s, shown_s)
     if shown is not None:
       length_s = float(shown.duration * shown.time_base) if shown.duration else usual_s
+      length_s = min(length_s, _GAP_S)
       yield from ticks_until((max(1, round((shown_s + length_s) * fps)) - 0.5) / fps)
 
 
-def _picture(frame) -> np.ndarray:
+def _display_size(stream, frame) -> tuple[int, int]:
+  """Width and height of a stored frame once its pixels are square."""
+  aspect = float(stream.sample_aspect_ratio or 1)
+  if not 0.2 < aspect < 5:  # no camera's: a damaged header
+    aspect = 1.0
+  return max(round(frame.width * aspect), 1), frame.height
+
+
+def _picture(frame, size: tuple[int, int]) -> np.ndarray:
   """RGB, upright."""
   turns = round(frame.rotation / 90) % 4
+  width, height = size
+  if (frame.width, frame.height) != size:
+    frame = frame.reformat(width=width, height=height, format="rgb24")
   return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
 
-def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ) -> Float32[np.ndarray, " n"]:
+def read_audio(
+  path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ, *, limit_s: float = math.inf
+) -> Float32[np.ndarray, " n"]:
   """The sound of a sound or video file: the mean of its channels at `rate`, in [-1, 1].
 
   In a video, sample 0 belongs to the first picture: sound that starts later is preceded by
-  silence, sound before the first picture is cut.
+  silence, sound before the first picture is cut. Gaps are filled with silence. With `limit_s`
+  reading ends there.
 
   Raises:
     UserError: missing, no sound in it, 0 s long, cut off or not decodable.
   """
-  import av
-
   with _open(path) as container:
     _require_whole_riff(path)
     if not container.streams.audio:
       raise UserError(f"{path} holds no sound: give a file with an audio track")
     stream = container.streams.audio[0]
-    # "mono" would weigh channels by a surround matrix; their mean cannot clip.
-    resampler = av.AudioResampler(format="fltp", rate=rate)
-    chunks, first_s = [], None
-    for frame in _decode(container, stream, path):
-      first_s = frame.time if first_s is None else first_s
-      chunks += [_mono(out) for out in resampler.resample(frame)]
-    if first_s is not None:
-      chunks += [_mono(out) for out in resampler.resample(None)]
-    samples = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
-    if not samples.size:
+    film = next(_moving(container), None)
+    begin_s = None if film is None else _begin_s(path)
+    samples = array.array("f")  # grows in place
+    for chunk in _placed(container, stream, path, rate, begin_s):
+      samples.frombytes(chunk.tobytes())
+      if len(samples) >= limit_s * rate:
+        del samples[math.ceil(limit_s * rate) :]
+        break
+    if not samples:
       raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
-    if stream.duration:  # codecs fill their last block; the container knows where sound ends
-      length = math.ceil(stream.duration * (stream.time_base or 0) * rate)
-      samples = samples[: max(1, length)]
-    video = next(_moving(container), None)
-    if video is not None:
-      begin_s = float((video.start_time or 0) * (video.time_base or 0))
-      late = round(((first_s or 0.0) - begin_s) * rate)
-      samples = np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
-    return np.clip(np.nan_to_num(samples), -1, 1).astype(np.float32)
+    return np.frombuffer(samples, np.float32)
 
 
-def _mono(frame) -> np.ndarray:
-  return frame.to_ndarray().mean(axis=0, dtype=np.float32)
+def _begin_s(path) -> float:
+  """When the first picture that can be decoded is shown."""
+  with _open(path) as container:
+    frame = _first(container, _video_stream(container, path), path)
+    return frame.time or 0.0
+
+
+def _first(container, stream, path):
+  """The first frame of a video stream."""
+  frame = next(_decode(container, stream, path, check_end=False), None)
+  if frame is None:
+    raise UserError(f"{path} holds no picture that can be decoded: check or re-encode the file")
+  return frame
+
+
+def _placed(
+  container, stream, path, rate: int, begin_s: float | None
+) -> Iterator[Float32[np.ndarray, " n"]]:
+  """Pieces of sound without gap or overlap, each where its timestamps put it.
+
+  Sample 0 is at `begin_s`, or where the sound begins if that is None.
+  """
+  import av
+  import av.error
+
+  resampler, form = None, None
+  due_s = 0.0  # when the next of the stream's samples is due
+  written, skip, most = 0, 0, math.inf  # samples: given out, to leave out yet, to give out at most
+
+  def take(frames) -> Iterator[np.ndarray]:
+    nonlocal written, skip
+    for out in frames:
+      # "mono" would weigh channels by a surround matrix; their mean cannot clip.
+      chunk = np.clip(np.nan_to_num(out.to_ndarray().mean(axis=0, dtype=np.float32)), -1, 1)
+      left_out = min(skip, len(chunk))
+      skip -= left_out
+      chunk = chunk[left_out : int(min(left_out + most - written, len(chunk)))]
+      written += len(chunk)
+      yield chunk
+
+  try:
+    for frame in _decode(container, stream, path):
+      shape = (frame.format.name, frame.layout.name, frame.sample_rate)
+      time_s = due_s if frame.time is None else frame.time
+      new = resampler is None
+      if new:
+        begin_s = time_s if begin_s is None else begin_s
+        due_s = begin_s
+        if stream.duration:  # codecs fill their last block; the container knows where sound ends
+          end_s = time_s - begin_s + stream.duration * (stream.time_base or 0)
+          most = max(math.ceil(end_s * rate), 1)
+      if time_s - due_s > _GAP_S:
+        raise UserError(
+          f"{path} is damaged: the timestamps of its sound jump by {time_s - due_s:.0f} s: "
+          "re-encode it"
+        )
+      if new or shape != form or abs(time_s - due_s) > _SLIP_S:
+        if resampler is not None:
+          yield from take(resampler.resample(None))
+        apart = round((time_s - (begin_s or 0.0)) * rate) - written
+        skip = max(-apart, 0)
+        if apart > 0:
+          written += apart
+          yield np.zeros(apart, np.float32)
+        resampler, form, due_s = av.AudioResampler(format="fltp", rate=rate), shape, time_s
+      assert resampler is not None
+      yield from take(resampler.resample(frame))
+      due_s += frame.samples / frame.sample_rate
+    if resampler is not None:
+      yield from take(resampler.resample(None))
+  except (av.error.FFmpegError, ValueError, ZeroDivisionError) as error:
+    raise UserError(f"{path} holds sound that cannot be decoded: re-encode the file") from error
 
 
 def check_speech(samples: Float32[np.ndarray, " n"], path: str | os.PathLike) -> None:
@@ -159,7 +248,7 @@ def check_speech(samples: Float32[np.ndarray, " n"], path: str | os.PathLike) ->
     raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
   if not np.isfinite(samples).all():
     raise UserError(f"{path} holds samples that are not finite: re-encode the file")
-  if np.abs(samples).max() < _SILENT:
+  if max(samples.max(), -samples.min()) < _SILENT:
     raise UserError(f"{path} is silent: give a recording of speech")
 
 
@@ -335,6 +424,10 @@ def _video_stream(container, path):
   stream = next(_moving(container), None)
   if stream is None or name.endswith("_pipe") or name in ("image2", "tty"):
     raise UserError(f"{path} is not a video: give a file with moving pictures")
+  if stream.width * stream.height > _LARGEST_PX:
+    raise UserError(
+      f"{path} has pictures of {stream.width} x {stream.height} pixels: scale it to 4k or less"
+    )
   stream.thread_type = "AUTO"
   return stream
 
@@ -346,10 +439,13 @@ def _duration_s(container, stream) -> float | None:
 
 
 def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
-  """Frames of one stream. Says so where the file ends before its header says."""
+  """Frames of one stream. Says so where the file ends before its header says.
+
+  A few damaged packets, as broadcasts and phones leave them, are passed over.
+  """
   import av.error
 
-  count, reached_s = 0, 0.0
+  count, reached_s, packets, bad = 0, 0.0, 0, 0
 
   def cut_off(found) -> UserError:
     unit = f"{count} frames" if stream.type == "video" else f"{reached_s:.1f} s of sound"
@@ -360,7 +456,15 @@ def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
 
   try:
     for packet in container.demux(stream):
-      for frame in packet.decode():
+      packets += 1
+      try:
+        frames = packet.decode()
+      except av.error.InvalidDataError:
+        bad += 1
+        if bad > 5 + _BAD_SHARE * packets:
+          raise
+        continue
+      for frame in frames:
         count += 1
         if frame.time is not None:
           length_s = 0.0
@@ -370,10 +474,12 @@ def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
             length_s = float(frame.duration * frame.time_base)
           reached_s = max(reached_s, frame.time + length_s)
         yield frame
-  except av.error.FFmpegError as error:
+  except (av.error.FFmpegError, MemoryError) as error:
     raise cut_off("") from error
   if check_end and stream.duration:
     # Only where the stream itself states its length: a container's is that of its longest.
     whole_s = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
     if whole_s - reached_s > max(_MISSING_S, 0.01 * whole_s):
       raise cut_off(f" after {reached_s:.1f} of {whole_s:.1f} s")
+  if bad:
+    _LOG.warning("%s: %d damaged pieces were passed over", path, bad)

@@ -147,6 +147,156 @@ def test_sound_that_starts_late_is_put_in_its_place(tmp_path):
   assert lag(sound, back) == pytest.approx(4000, abs=20)
 
 
+def put(container, stream, frames):
+  """Encodes and muxes frames, then flushes."""
+  for frame in [*frames, None]:
+    container.mux(stream.encode(frame))
+
+
+def flashes(seconds, every_s, rate, times_s, size=(32, 32)):
+  """Pictures at `times_s` that are white while floor(t / every_s) is odd, and beeps alike."""
+  for time_s in times_s:
+    white = int(time_s / every_s + 1e-9) % 2
+    yield np.full((*size, 3), 220 * white + 16, np.uint8)
+  t = np.arange(round(seconds * rate)) / rate
+  yield (0.4 * np.sin(2 * np.pi * 440 * t) * (np.floor(t / every_s) % 2)).astype(np.float32)
+
+
+def write_flashes(path, seconds, rate, pts, time_base, *, codec="mpeg4", channels=2, every_s=1.0):
+  """A film of flashes and beeps at the given timestamps of its pictures."""
+  times_s = [float(p * time_base) for p in pts]
+  *frames, sound = flashes(seconds, every_s, rate, times_s)
+  with av.open(str(path), "w") as container:
+    video = container.add_stream(codec, rate=30)
+    video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+    video.codec_context.time_base = video.time_base = time_base
+    layout = "stereo" if channels == 2 else "mono"
+    audio = container.add_stream("pcm_s16le", rate=rate, layout=layout)
+    pcm = np.repeat(np.round(sound * 32767).astype(np.int16)[:, None], channels, 1)
+    block, at = rate // 2, 0
+    for number, (stamp, frame) in enumerate(zip(pts, frames, strict=True)):
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+      picture.pts, picture.time_base = int(stamp), time_base
+      container.mux(video.encode(picture))
+      while at < len(pcm) and at / rate <= times_s[number]:
+        piece = av.AudioFrame.from_ndarray(
+          np.ascontiguousarray(pcm[at : at + block].reshape(1, -1)), format="s16", layout=layout,
+        )  # fmt: skip
+        piece.sample_rate, piece.pts = rate, at
+        piece.time_base = fractions.Fraction(1, rate)
+        container.mux(audio.encode(piece))
+        at += len(pcm[at : at + block])
+    container.mux(video.encode(None))
+    container.mux(audio.encode(None))
+
+
+def changes(path, seconds):
+  """Frames at which the film flashes, and those (in frames, with fractions) at which it beeps."""
+  white = np.array([frame[16, 16, 0] > 128 for frame in media.read_frames(path)])
+  sound = media.read_audio(path)
+  # How long the last picture is shown is for the container to say, or to guess.
+  assert abs(len(white) - 25 * seconds) < 2 and abs(len(sound) - 16_000 * seconds) <= 640
+  loud = np.abs(sound[: len(sound) // 80 * 80].reshape(-1, 80)).max(1) > 0.05  # 5 ms each
+  return np.flatnonzero(np.diff(white.astype(int))) + 1, (np.flatnonzero(np.diff(loud)) + 1) / 8
+
+
+@pytest.mark.parametrize("fps, rate, channels, ending", [
+  (fractions.Fraction(24), 48_000, 2, "mkv"),
+  (fractions.Fraction(30_000, 1001), 44_100, 2, "mov"),
+  (fractions.Fraction(30), 11_025, 1, "mkv"),
+  (fractions.Fraction(50), 32_000, 2, "avi"),
+  (fractions.Fraction(60), 22_050, 1, "mov"),
+])  # fmt: skip
+def test_any_rate_is_put_onto_one_clock(tmp_path, fps, rate, channels, ending):
+  path = tmp_path / f"film.{ending}"
+  pts = range(int(12 * fps))
+  write_flashes(path, 12, rate, pts, 1 / fps, channels=channels)
+  seen, heard = changes(path, 12)
+  assert len(seen) == len(heard) == 11
+  assert np.abs(seen - heard).max() <= 0.5 * 25 / min(fps, 25) + 0.6
+  assert np.abs(heard - 25 * np.arange(1, 12)).max() < 0.5
+
+
+def test_a_variable_rate_keeps_pictures_and_sound_together(tmp_path):
+  path = tmp_path / "phone.mkv"
+  rng = np.random.default_rng(0)
+  times = np.cumsum(rng.integers(20, 60, 300))  # milliseconds from frame to frame
+  seconds = float(times[-1]) / 1000
+  write_flashes(path, seconds, 44_100, [0, *times.tolist()], fractions.Fraction(1, 1000))
+  seen, heard = changes(path, seconds)
+  assert len(seen) == len(heard) == int(seconds)
+  assert np.abs(seen - heard).max() <= 1.6  # 60 ms between pictures
+
+
+@pytest.mark.slow
+def test_an_hour_drifts_by_less_than_a_frame(tmp_path):
+  path = tmp_path / "hour.mov"
+  fps = fractions.Fraction(30_000, 1001)
+  write_flashes(path, 3600, 44_100, range(int(3600 * fps)), 1 / fps, channels=1, every_s=20.0)
+  seen, heard = changes(path, 3600)
+  assert len(seen) == len(heard) == 179
+  assert np.abs(seen - heard).max() < 1.1 and np.abs(heard - 500 * np.arange(1, 180)).max() < 0.5
+
+
+def sound_of(pieces, path, rate=16_000, start_ms=0):
+  """A Matroska file of pieces of sound (seconds at which each begins, samples) and pictures."""
+  with av.open(str(path), "w") as container:
+    video = container.add_stream("mpeg4", rate=25)
+    video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+    video.codec_context.time_base = fractions.Fraction(1, 1000)
+    audio = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+    for i, image in enumerate(moving(75)):
+      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+      frame.pts, frame.time_base = start_ms + 40 * i, fractions.Fraction(1, 1000)
+      container.mux(video.encode(frame))
+    container.mux(video.encode(None))
+    for begin_s, samples in pieces:
+      for at in range(0, len(samples), 1600):
+        pcm = np.round(samples[None, at : at + 1600] * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout="mono")
+        frame.sample_rate, frame.time_base = rate, fractions.Fraction(1, rate)
+        frame.pts = round(begin_s * rate) + at
+        container.mux(audio.encode(frame))
+    container.mux(audio.encode(None))
+
+
+@pytest.mark.parametrize("start_ms", [0, 400])
+def test_gaps_and_overlaps_in_sound_do_not_move_what_follows(tmp_path, start_ms):
+  path, sound, start_s = tmp_path / "gaps.mkv", chirp(0.5), start_ms / 1000
+  # The second piece comes 0.3 s late, the third overlaps it by 0.1 s.
+  sound_of([(0.0, sound), (0.8, sound), (1.2, sound)], path, start_ms=start_ms)
+  back = media.read_audio(path)
+  assert abs(len(back) / 16_000 + start_s - 1.7) < 0.02
+  for begin_s in (0.8, 1.2):
+    at = round((begin_s + 0.15 - start_s) * 16_000)  # past what overlaps
+    piece = sound[2400:7000]
+    near = back[at - 800 : at + len(piece) + 800]
+    assert lag(piece, near) - 800 == pytest.approx(0, abs=500)  # SLIP_S
+    assert np.corrcoef(piece, near[lag(piece, near) :][: len(piece)])[0, 1] > 0.98
+  if not start_ms:
+    assert np.abs(back[8300:12_500]).max() == 0
+
+
+def test_reading_sound_ends_where_it_is_told_to(tmp_path):
+  path = tmp_path / "film.mp4"
+  media.write_video(path, moving(75), audio=chirp(3.0))
+  part = media.read_audio(path, limit_s=1.0)
+  assert len(part) == 16_000
+  np.testing.assert_array_equal(part, media.read_audio(path)[:16_000])
+
+
+def test_oblong_pixels_become_square(tmp_path):
+  path = tmp_path / "dv.mkv"
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("mpeg4", rate=25)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    stream.codec_context.sample_aspect_ratio = fractions.Fraction(3, 2)
+    put(container, stream, (av.VideoFrame.from_ndarray(f, format="rgb24") for f in moving(3)))
+  info = media.probe(path)
+  assert (info.width, info.height) == (96, 48)
+  assert next(media.read_frames(path)).shape == (48, 96, 3)
+
+
 def test_wav_keeps_every_sample(tmp_path):
   path = tmp_path / "a.wav"
   sound = np.round(chirp(0.2) * 32768) / np.float32(32768)
