@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.ndimage as ndi
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
 from uajax.preprocess import landmarks as marks
@@ -39,6 +39,8 @@ SHARE = (51, 154, 51)  # 256ths: of the frame before, this one and the next
 MARGIN = 0.016  # of the picture's height: nearer to the person a pixel is not yet background
 PLATE_SAMPLES = 64
 WARP_CELLS = 16  # along a side of the picture, where layers are carried
+STEADY = [10, 338, 297, 332, 284, 251, 389, 356, 454, 234, 127, 162, 21, 54, 103, 67, 109]
+STEADY += [168, 6, 197, 195, 5, 4, 1, 2, 98, 327, 33, 133, 362, 263]  # brow to nose and ears
 
 
 class Segmenter:
@@ -226,17 +228,23 @@ def carry(
 
 
 def _bring(layers, points_then, points_now) -> np.ndarray:
-  """Layers seen at `points_then`, the head moved to `points_now`.
+  """Layers seen at `points_then`, all but the torso moved to `points_now`.
 
-  The head moves as one affine map of its landmarks, and about each landmark as that does (the
-  jaw, the cheeks); under the chin the motion fades out.
+  The head shifts, turns and grows as the upper face does, and about each landmark as that does
+  (the jaw, the cheeks); under the chin the motion fades out.
   """
   h, w = layers.shape[:2]
   then, now = points_then[:468, :2], points_now[:468, :2]
-  middle = now.mean(0)
-  away = np.concatenate([now - middle, np.ones((len(now), 1))], 1)
-  affine = np.linalg.lstsq(away, then - now, rcond=None)[0]
-  rest = then - now - away @ affine
+  # Read as complex numbers, a turn with a scale is one factor. Not from lips and jaw: they speak.
+  middle, shift = now[STEADY].mean(0), (then - now)[STEADY].mean(0)
+  x, y = ((q[STEADY] - q[STEADY].mean(0)) @ (1, 1j) for q in (now, then))
+  factor = np.vdot(x, y) / np.vdot(x, x)
+
+  def whole(at: np.ndarray) -> np.ndarray:
+    stretch = ((at - middle) @ (1, 1j)) * (factor - 1)
+    return np.stack([stretch.real, stretch.imag], -1) + shift
+
+  rest = then - now - whole(now)
   xs, ys = np.linspace(0, w, WARP_CELLS + 1), np.linspace(0, h, WARP_CELLS + 1)
   nodes = np.stack(np.meshgrid(xs, ys), -1)  # r c 2
   some = slice(None, None, 4)  # landmarks lie denser than the nodes
@@ -245,9 +253,8 @@ def _bring(layers, points_then, points_now) -> np.ndarray:
   size = max(float(np.linalg.norm(chin - top)), 1.0)
   near = np.exp(-0.5 * apart / (0.08 * size) ** 2)
   local = near @ rest[some] / (near.sum(-1, keepdims=True) + 0.1)
-  whole = np.concatenate([nodes - middle, np.ones_like(nodes[..., :1])], -1) @ affine
   below = (nodes - chin) @ (chin - top) / size**2
-  move = (whole + local) * np.clip(1 - below / 0.4, 0, 1)[..., None]
+  move = (whole(nodes) + local) * np.clip(1 - below / 0.4, 0, 1)[..., None]
   moved = np.linalg.norm(move, axis=-1) > 0.1
   if not moved.any():
     return layers
@@ -271,7 +278,8 @@ def _bring(layers, points_then, points_now) -> np.ndarray:
   picture = Image.fromarray(layers, "CMYK")
   drawn = picture.transform(size_px, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
   out = layers.copy()
-  out[upper : edges_y[r1], left : edges_x[c1]] = np.asarray(drawn)
+  head = slice(0, LAYERS.index(TORSO))
+  out[upper : edges_y[r1], left : edges_x[c1], head] = np.asarray(drawn)[..., head]
   return out
 
 
