@@ -1,10 +1,11 @@
 """The one door to the fusion.
 
-Axes: m modalities, k members, n splats, z latent.
+Axes: m modalities, k members, n splats, z latent, a answers of a member (2 z).
 """
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -59,29 +60,70 @@ def fuse(
   if means.ndim != 4 or means.shape != log_vars.shape:
     raise ValueError(f"want means and log_vars of one shape [m, k, n, z], "
                      f"got {means.shape} and {log_vars.shape}")
-  if means.shape[1] > 1 and not means.shape[1] > ddof >= 0:
-    raise ValueError(f"ddof must be in [0, members), got {ddof} for {means.shape[1]} members")
+  modalities, members, splats, _ = means.shape
+  implementation = _settle(implementation, (means, log_vars), modalities, members, splats, ddof)
+  if implementation == "pallas":
+    answers = jnp.concatenate([means, log_vars], -1).swapaxes(2, 3)
+    return Fused(*pallas.fuse(list(answers), ddof, None, _backend()))
+  run = reference.fuse if implementation == "reference" else xla.fuse
+  return Fused(*run(means, log_vars, ddof))
+
+
+def fuse_answers(
+  answers: Sequence[Float[Array, "k a n"]],
+  *,
+  limit: float | None = None,
+  ddof: int = 1,
+  implementation: Implementation | None = None,
+) -> Fused:
+  """`fuse` for networks: nothing is copied between what they answer and the kernels.
+
+  Args:
+    answers: one array a modality, splats last: every member's means [k z n] and below them its
+      log-variances. Where the kernels differentiate, the gradients take the answers' memory.
+    limit: log-variances are clipped to +-limit.
+    ddof, implementation: as of `fuse`.
+
+  Raises:
+    ValueError: as `fuse`; for answers of different shapes, or of an odd number of rows.
+  """
+  answers = [jnp.asarray(x) for x in answers]
+  shapes = {x.shape for x in answers}
+  if len(shapes) != 1 or answers[0].ndim != 3 or answers[0].shape[1] % 2:
+    raise ValueError(f"want answers of one shape [k, 2 z, n], got {[x.shape for x in answers]}")
+  members, _, splats = answers[0].shape
+  implementation = _settle(implementation, answers, len(answers), members, splats, ddof)
+  if implementation == "pallas":
+    return Fused(*pallas.fuse(answers, ddof, limit, _backend()))
+  run = reference.fuse if implementation == "reference" else xla.fuse
+  return Fused(*run(*xla.split(answers, limit), ddof))
+
+
+def _settle(implementation, arrays, modalities: int, members: int, splats: int, ddof: int
+            ) -> Implementation:
+  """Which implementation is to fuse these arrays."""
+  if members > 1 and not members > ddof >= 0:
+    raise ValueError(f"ddof must be in [0, members), got {ddof} for {members} members")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"{implementation=} is none of {IMPLEMENTATIONS}")
-  modalities, members, splats, _ = means.shape
-  held = pallas.fits(members, modalities) and means.dtype == log_vars.dtype == jnp.float32
+  held = pallas.fits(members, modalities) and all(x.dtype == jnp.float32 for x in arrays)
   if implementation == "pallas" and not held:
     raise ValueError(f"the Pallas kernels hold 2 to {pallas.MOST_MEMBERS} members and "
-                     f"{pallas.MOST_UNKNOWNS} unknowns in float32, not {means.dtype} "
-                     f"{means.shape}: take implementation='xla'")
-  if implementation == "pallas" and varies(means, log_vars):
+                     f"{pallas.MOST_UNKNOWNS} unknowns in float32, not {modalities} modalities "
+                     f"of {members} members in {arrays[0].dtype}: take implementation='xla'")
+  if implementation == "pallas" and varies(*arrays):
     raise ValueError(UNCHECKED)
   if implementation is None:
     implementation = choose()[0] if held and splats else "xla"
-    if implementation == "pallas" and varies(means, log_vars):
+    if implementation == "pallas" and varies(*arrays):
       warnings.warn(f"kernels.fusion: {UNCHECKED}, so plain XLA fuses instead", RuntimeWarning,
-                    stacklevel=2)
+                    stacklevel=3)
       implementation = "xla"
-  if implementation == "pallas":
-    backend = "mosaic" if jax.default_backend() == "gpu" else "interpret"
-    return Fused(*pallas.fuse(means, log_vars, ddof, backend))
-  run = reference.fuse if implementation == "reference" else xla.fuse
-  return Fused(*run(means, log_vars, ddof))
+  return implementation
+
+
+def _backend() -> str:
+  return "mosaic" if jax.default_backend() == "gpu" else "interpret"
 
 
 def choose() -> tuple[Implementation, str]:
@@ -103,11 +145,11 @@ def _choose(platform: str) -> tuple[Implementation, str]:
 
 def _trial() -> str | None:
   """Compiles the kernels, small; returns what went wrong or None."""
-  def both(means, log_vars):
-    out, vjp = jax.vjp(lambda m, s: pallas.fuse(m, s, 1)[0], means, log_vars)
-    return pallas.fuse(means, log_vars, 1), vjp(out)
+  def both(*answers):
+    out, vjp = jax.vjp(lambda *x: pallas.fuse(x, 1, 10.0)[0], *answers)
+    return pallas.fuse(answers, 1, 10.0), vjp(out)
 
-  shape = jax.ShapeDtypeStruct((2, 2, pallas.SPLATS, 4), jnp.float32)
+  shape = jax.ShapeDtypeStruct((2, 8, pallas.SPLATS), jnp.float32)
   try:
     jax.jit(both).lower(shape, shape).compile()
   except Exception as error:  # whatever the compiler's trouble is, plain XLA fuses the same

@@ -6,14 +6,17 @@ to the backward kernel and the traces. The factor is made block by block, a bloc
 modalities: the block's products run over the latents, and the members' contrasts are formed anew
 wherever they are wanted, for arithmetic costs less than memory.
 
-Splats come last in every array, so that threads read neighbours.
+Splats come last in every array, so that threads read neighbours. A modality's answers are one
+array, and the backward kernel writes their gradients over them: they are the largest of all that
+a training step holds.
 
-Axes: m modalities, k members, z latent, n splats, b contrasts of a modality (k - 1),
-q = m b unknowns, e entries of a lower triangle (q (q + 1) / 2, by rows; on the diagonal stand
-the pivots' reciprocals).
+Axes: m modalities, k members, z latent, a answers (2 z: means, then log-variances), n splats,
+b contrasts of a modality (k - 1), q = m b unknowns, e entries of a lower triangle (q (q + 1) / 2,
+by rows; on the diagonal stand the pivots' reciprocals).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,68 +40,66 @@ def fits(members: int, modalities: int) -> bool:
 
 
 def fuse(
-  means: Float[Array, "m k n z"], log_vars: Float[Array, "m k n z"], ddof: int,
+  answers: Sequence[Float[Array, "k a n"]], ddof: int, limit: float | None,
   backend: str = "mosaic",
 ) -> tuple[Float[Array, "n z"], Float[Array, " n"], Float[Array, " n"]]:
-  """Returns mean, aleatoric and epistemic trace; see `kernels.fusion.fuse`.
+  """Returns mean, aleatoric and epistemic trace; see `kernels.fusion.fuse_answers`.
 
   Args:
     backend: "mosaic" (NVIDIA, Hopper and later) or for tests on any device "interpret".
   """
-  splats = means.shape[2]
-  short = max(SPLATS - splats, 0)  # a program wants a full block
-  means, log_vars = (jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) if short else x
-                     for x in (means, log_vars))
-  means, log_vars = means.swapaxes(2, 3), log_vars.swapaxes(2, 3)
-  fused: Any = _fuse(means, log_vars, ddof, backend)
+  splats = answers[0].shape[2]
+  short = -splats % SPLATS  # a program wants a full block
+  fused: Any = _fuse(
+    tuple(jnp.pad(x, ((0, 0), (0, 0), (0, short))) if short else x for x in answers),
+    ddof, limit, backend)
   mean, aleatoric, epistemic = fused
   return mean.T[:splats], aleatoric[:splats], epistemic[:splats]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fuse(means, log_vars, ddof, backend):
-  return _forward(means, log_vars, ddof, backend)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _fuse(answers, ddof, limit, backend):
+  return _forward(answers, ddof, limit, backend)[0]
 
 
-def _forward(means, log_vars, ddof, backend):
-  modalities, members, latent, splats = means.shape
-  unknowns = modalities * (members - 1)
-  precision = 1 / jnp.exp(log_vars).mean(1)
+def _forward(answers, ddof, limit, backend):
+  modalities, (members, width, splats) = len(answers), answers[0].shape
+  latent, unknowns = width // 2, modalities * (members - 1)
+  precision = jnp.stack(
+    [1 / jnp.exp(xla.clip(x[:, latent:], limit)).mean(0) for x in answers])
   total = precision.sum(0)
-  start = (precision * means.mean(1)).sum(0) / total  # were all members agreed
+  centres = jnp.stack([x[:, :latent].mean(0) for x in answers])
+  start = (precision * centres).sum(0) / total  # were all members agreed
   mean, weights, factor = _launch(
     functools.partial(_solve_body, ddof=ddof), backend, splats,
-    (latent, unknowns, unknowns * (unknowns + 1) // 2))(means, precision, start)
+    (latent, unknowns, unknowns * (unknowns + 1) // 2))(answers, precision, start)
   disagreement, = _launch(functools.partial(_traces_body, ddof=ddof), backend, splats, (1,))(
-    means, precision, factor)
+    answers, precision, factor)
   out = mean, (1 / total).sum(0), disagreement[0]
-  return out, (means, log_vars, precision, mean, weights, factor)
+  return out, (answers, precision, mean, weights, factor)
 
 
-def _forward_symbolic(means, log_vars, ddof, backend):
-  return _forward(means.value, log_vars.value, ddof, backend)
+def _forward_symbolic(answers, ddof, limit, backend):
+  return _forward(tuple(x.value for x in answers), ddof, limit, backend)
 
 
-def _backward(ddof, backend, residuals, cotangents):
-  means, log_vars, precision, mean, weights, factor = residuals
-  modalities, members, latent, splats = means.shape
+def _backward(ddof, limit, backend, residuals, cotangents):
+  answers, precision, mean, weights, factor = residuals
   g, *traces = cotangents
-  grads = jnp.zeros_like(means), jnp.zeros_like(log_vars)
-  if not isinstance(g, SymbolicZero):
-    d_means, d_variances = _launch(
-      functools.partial(_gradient_body, ddof=ddof), backend, splats,
-      ((modalities, members, latent), (modalities, latent)))(
-        means, precision, mean, weights, factor, g)
-    grads = d_means, d_variances[:, None] * jnp.exp(log_vars)
+  grads = ()
   if not all(isinstance(trace, SymbolicZero) for trace in traces):
     # Nobody trains on them in earnest: plain XLA will do.
-    def plain(means, log_vars):
-      return xla.traces(means.swapaxes(2, 3), log_vars.swapaxes(2, 3), ddof)
+    def plain(*answers):
+      return xla.traces(*xla.split(answers, limit), ddof)
 
-    zero = jnp.zeros(splats, means.dtype)
+    zero = jnp.zeros(mean.shape[1], mean.dtype)
     traces = tuple(zero if isinstance(trace, SymbolicZero) else trace for trace in traces)
-    grads = jax.tree.map(jnp.add, grads, jax.vjp(plain, means, log_vars)[1](traces))
-  return grads
+    grads = jax.vjp(plain, *answers)[1](traces)
+  if not isinstance(g, SymbolicZero):
+    own = _rewrite(functools.partial(_gradient_body, ddof=ddof, limit=limit), backend)(
+      answers, precision, mean, weights, factor, g)
+    grads = tuple(a + b for a, b in zip(grads, own, strict=True)) if grads else own
+  return grads or tuple(jnp.zeros_like(x) for x in answers),
 
 
 _fuse.defvjp(_forward_symbolic, _backward, symbolic_zeros=True)
@@ -107,9 +108,10 @@ _fuse.defvjp(_forward_symbolic, _backward, symbolic_zeros=True)
 class _Block:
   """A program's splats: what it reads of them at a latent, one number a thread."""
 
-  def __init__(self, here, means, precision, ddof: int):
-    self.here, self._means, self._precision = here, means, precision
-    self.modalities, self.members, self.latent = means.shape[:3]
+  def __init__(self, here, answers, precision, ddof: int):
+    self.here, self._answers, self._precision = here, answers, precision
+    self.modalities, self.members = len(answers), answers[0].shape[0]
+    self.latent = answers[0].shape[1] // 2
     self._scale = xla.contrasts(self.members, ddof)[0]  # of the first member, in each contrast
     self.contrasts = self.members - 1
 
@@ -120,9 +122,9 @@ class _Block:
 
   def spread(self, m: int, z) -> tuple[list, Any]:
     """Contrasts of a modality's members, and their sum."""
-    running, rows = self._means[m, 0, z, self.here], []
+    running, rows = self._answers[m][0, z, self.here], []
     for k in range(1, self.members):
-      mean = self._means[m, k, z, self.here]
+      mean = self._answers[m][k, z, self.here]
       rows.append((running - float(k) * mean) * float(self._scale[k - 1]))
       running = running + mean
     return rows, running
@@ -136,8 +138,8 @@ class _Block:
     return slice(m * self.contrasts, (m + 1) * self.contrasts)
 
 
-def _solve_body(here, means, precision, start, mean_out, weights_out, factor, *, ddof):
-  block = _Block(here, means, precision, ddof)
+def _solve_body(here, answers, precision, start, mean_out, weights_out, factor, *, ddof):
+  block = _Block(here, answers, precision, ddof)
   modalities, wide = block.modalities, block.contrasts
   nought = 0 * start[0, here]
   right = []
@@ -274,9 +276,9 @@ def _dot(a: list, b: list):
   return sum(rest, first)
 
 
-def _traces_body(here, means, precision, factor, out, *, ddof):
+def _traces_body(here, answers, precision, factor, out, *, ddof):
   """The epistemic trace: squares of L^-1 (A_m p_m / total), summed up."""
-  block = _Block(here, means, precision, ddof)
+  block = _Block(here, answers, precision, ddof)
   together = next(n for n in range(TOGETHER, 0, -1) if block.latent % n == 0)
   read = _reader(factor, here)
 
@@ -301,10 +303,12 @@ def _traces_body(here, means, precision, factor, out, *, ddof):
   out[0, here] = lax.fori_loop(0, block.latent // together, add, 0 * precision[0, 0, here])
 
 
-def _gradient_body(here, means, precision, mean, weights, factor, g, d_means, d_variances, *,
-                   ddof):
-  """dL/dc_m = s_m, dL/dd_m = -s_m r_m, dL/dA_m = s_m w_m^T - r_m v_m^T; see `xla`."""
-  block = _Block(here, means, precision, ddof)
+def _gradient_body(here, answers, precision, mean, weights, factor, g, out, *, ddof, limit):
+  """dL/dc_m = s_m, dL/dd_m = -s_m r_m, dL/dA_m = s_m w_m^T - r_m v_m^T; see `xla`.
+
+  `out` may be `answers`: what stands at a latent is read before it is written.
+  """
+  block = _Block(here, answers, precision, ddof)
   modalities, members = block.modalities, block.members
 
   def add(z, right):
@@ -336,23 +340,54 @@ def _gradient_body(here, means, precision, mean, weights, factor, g, d_means, d_
     for m, (spread, total) in enumerate(rows):
       push = beliefs[m] * (step - moved[m])
       pull = beliefs[m] * (total * (1 / members) + _dot(spread, w[block.of(m)]) - mean[z, here])
+      d_variance = -push * pull * (1 / members)
       for k in range(members):
-        d_means[m, k, z, here] = push * stay[m][k] - pull * turn[m][k]
-      d_variances[m, z, here] = -push * pull * (1 / members)
+        out[m][k, z, here] = push * stay[m][k] - pull * turn[m][k]
+        log_var = answers[m][k, block.latent + z, here]
+        clipped = xla.clip(log_var, limit)
+        slope = d_variance * jnp.exp(clipped)
+        out[m][k, block.latent + z, here] = jnp.where(clipped == log_var, slope, 0.0)
     return _
 
   lax.fori_loop(0, block.latent, write, 0)
 
 
 def _launch(body, backend: str, splats: int, heights):
-  """A function that runs the body for every block of splats and returns arrays [*height n]."""
-  heights = [height if isinstance(height, tuple) else (height,) for height in heights]
-  out = tuple(jax.ShapeDtypeStruct((*height, splats), jnp.float32) for height in heights)
-  programs = -(-splats // SPLATS)
+  """A function of answers and more that runs the body for all splats, into arrays [height n]."""
+  out = tuple(jax.ShapeDtypeStruct((height, splats), jnp.float32) for height in heights)
+
+  def run(answers, *rest):
+    count = len(answers)
+    return _kernel(lambda here, *refs: body(here, refs[:count], *refs[count:]), backend, splats,
+                   out)(*answers, *rest)
+
+  return run
+
+
+def _rewrite(body, backend: str):
+  """A function of answers and more whose body's results take the answers' place in memory."""
+  def run(answers, *rest):
+    count, splats = len(answers), answers[0].shape[2]
+    if backend == "mosaic" and jax.__version_info__ >= (0, 11):
+      places = [jax.new_ref(x) for x in answers]
+      _kernel(lambda here, *refs: body(here, refs[:count], *refs[count:], refs[:count]), backend,
+              splats, ())(*places, *rest)
+      return tuple(jax.freeze(place) for place in places)
+    # Kernels of 0.10 take no references under their rule for `vmap`, nor does the interpreter.
+    out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in answers)
+    return tuple(_kernel(
+      lambda here, *refs: body(here, refs[:count], *refs[count:-count], refs[-count:]), backend,
+      splats, out)(*answers, *rest))
+
+  return run
+
+
+def _kernel(body, backend: str, splats: int, out):
+  """Runs the body once for every block of splats."""
+  programs = splats // SPLATS
 
   def run(program, *refs):
-    # The last block begins early: some splats are then done twice, and the same.
-    body(pl.ds(jnp.minimum(program * SPLATS, splats - SPLATS), SPLATS), *refs)
+    body(pl.ds(program * SPLATS, SPLATS), *refs)
 
   if backend == "interpret":
     return pl.pallas_call(lambda *refs: run(pl.program_id(0), *refs), out_shape=out,

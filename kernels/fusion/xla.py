@@ -13,6 +13,7 @@ Axes: m modalities, k members, n splats, z latent, i j contrasts (k - 1), q = m 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,18 @@ def fuse(
     return _fuse_single(means[:, 0], log_vars[:, 0])
   # The traces take their own path, so that XLA drops it where nobody looks at them.
   return _mean(means, log_vars, ddof), *traces(means, log_vars, ddof)
+
+
+def split(
+  answers: Sequence[Float[Array, "k a n"]], limit: float | None
+) -> tuple[Float[Array, "m k n z"], Float[Array, "m k n z"]]:
+  """Means and clipped log-variances, as `fuse` takes them, of what the members answered."""
+  means, log_vars = jnp.split(jnp.stack(list(answers)).swapaxes(2, 3), 2, -1)
+  return means, clip(log_vars, limit)
+
+
+def clip(log_vars: Array, limit: float | None) -> Array:
+  return log_vars if limit is None else jnp.minimum(jnp.maximum(log_vars, -limit), limit)
 
 
 def _fuse_single(means, log_vars):

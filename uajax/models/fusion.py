@@ -7,19 +7,19 @@ What a modality contributes the same to every splat of a frame never meets the s
 the first layer as a bias, and what only scales features scales that layer's weights (C.6 a, b).
 
 Axes: n splats, m modalities, k members (T of them, or 1 where one is picked), h hidden,
-z latent, f features of a modality that vary over splats, c features that do not.
+z latent, a answers (2 z), f features of a modality that vary over splats, c features that do not.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.fusion import Fused, fuse
+from kernels.fusion import Fused, fuse_answers
 from uajax.config import Motion as MotionConfig
 from uajax.models.audio import Linear
 from uajax.models.initial import within
@@ -33,11 +33,11 @@ class Modality(NamedTuple):
   constant: Float[Array, " c"] | None = None
 
 
-class Layers(NamedTuple):
+class Layer(NamedTuple):
   """Weights and biases of one linear layer of a modality's members."""
 
-  kernel: Float[Array, "*m k i o"]
-  bias: Float[Array, "*m k o"]
+  kernel: Float[Array, "k i o"]
+  bias: Float[Array, "k o"]
 
 
 class Ensemble(nn.Module):
@@ -48,88 +48,62 @@ class Ensemble(nn.Module):
   latent: int
 
   @nn.compact
-  def __call__(
-    self, x: Modality, member: Int[Array, ""] | None
-  ) -> tuple[Layers, Layers, Layers]:
-    """Returns the hidden layer of what varies, and those that read mean and log-variance."""
+  def __call__(self, x: Modality, member: Int[Array, ""] | None) -> Float[Array, "k a n"]:
+    """Returns means and below them log-variances, splats last: as the fusion's kernels read."""
     fixed = 0 if x.constant is None else x.constant.shape[0]
-    first = self._layers("hidden", fixed + x.varying.shape[1], self.hidden, member)
-    mean = self._layers("mean", self.hidden, self.latent, member)
-    log_var = self._layers("log_var", self.hidden, self.latent, member)
+    first = self._layer("hidden", fixed + x.varying.shape[1], self.hidden, member)
+    mean = self._layer("mean", self.hidden, self.latent, member)
+    log_var = self._layer("log_var", self.hidden, self.latent, member)
     bias = first.bias
     if x.constant is not None:
       bias = bias + jnp.einsum("c,kch->kh", x.constant, first.kernel[:, :fixed])
     kernel = first.kernel[:, fixed:]
     if x.gain is not None:
       kernel = kernel * x.gain[None, :, None]
-    return Layers(kernel, bias), mean, log_var
+    read = (jnp.concatenate(pair, -1) for pair in zip(mean, log_var, strict=True))
+    # The hidden layers are the widest of all that a frame computes, and cheap to have again.
+    ask: Callable[..., Array] = jax.checkpoint(_ask)
+    return ask(x.varying, Layer(kernel, bias), Layer(*read))
 
-  def _layers(self, name: str, inputs: int, outputs: int, member) -> Layers:
+  def _layer(self, name: str, inputs: int, outputs: int, member) -> Layer:
     init = within(inputs**-0.5)
     kernel = self.param(f"{name}_kernel", init, (self.members, inputs, outputs))
     bias = self.param(f"{name}_bias", init, (self.members, outputs))
     if member is not None:  # what the others would say is never computed
       kernel, bias = kernel[member][None], bias[member][None]
-    return Layers(kernel, bias)
+    return Layer(kernel, bias)
+
+
+def _ask(varying: Float[Array, "n f"], first: Layer, read: Layer) -> Float[Array, "k a n"]:
+  """Two layers. A one among the inputs carries the biases: no pass over the answers adds them."""
+  splats, features = varying.shape
+  one = jnp.ones((1, splats), varying.dtype)
+  keep = np.zeros((len(first.kernel), features + 1, 1), np.float32)
+  keep[:, -1] = 1  # the hidden layer's last unit is one, too
+  hidden = nn.relu(jnp.einsum(
+    "fn,kfh->khn", jnp.concatenate([varying.T, one]),
+    jnp.concatenate([_with_bias(first), keep], -1)))
+  return jnp.einsum("khn,kha->kan", hidden, _with_bias(read))
+
+
+def _with_bias(layer: Layer) -> Float[Array, "k i+1 o"]:
+  return jnp.concatenate([layer.kernel, layer.bias[:, None]], 1)
 
 
 class Ensembles(nn.Module):
-  """All modalities' members, asked in one batched product a layer."""
+  """All modalities' members."""
 
   config: MotionConfig
 
   @nn.compact
   def __call__(
     self, modalities: dict[str, Modality], members: Int[Array, " m"] | None
-  ) -> tuple[Float[Array, "m k n z"], Float[Array, "m k n z"]]:
-    """Returns means and log-variances."""
+  ) -> list[Float[Array, "k a n"]]:
+    """Returns each modality's answers."""
     take = self.config
-    first, mean, log_var = zip(*(
-      Ensemble(take.members, take.hidden, take.latent, name=name)(
-        x, None if members is None else members[i])
-      for i, (name, x) in enumerate(modalities.items())), strict=True)
-    # The hidden layers are the widest of all that a frame computes, and cheap to have again.
-    ask: Callable[..., tuple[Array, Array]] = jax.checkpoint(_ask)
-    means, log_vars = ask([x.varying for x in modalities.values()], first, mean, log_var)
-    limited: Any = _limit(log_vars, take.log_var_limit)
-    return means.swapaxes(2, 3), limited.swapaxes(2, 3)
-
-
-def _ask(
-  varying: list[Float[Array, "n _"]],
-  first: Sequence[Layers],
-  mean: Sequence[Layers],
-  log_var: Sequence[Layers],
-) -> tuple[Float[Array, "m k z n"], Float[Array, "m k z n"]]:
-  """Means and log-variances, splats last: so the fusion's kernels read them."""
-  hidden = jnp.stack([
-    nn.relu(jnp.einsum("nf,kfh->knh", x, layer.kernel) + layer.bias[:, None])
-    for x, layer in zip(varying, first, strict=True)])
-
-  def read(layers: Sequence[Layers]):
-    kernel = jnp.stack([layer.kernel for layer in layers])
-    bias = jnp.stack([layer.bias for layer in layers])
-    return jnp.einsum("mknh,mkhz->mkzn", hidden, kernel) + bias[..., None]
-
-  return read(mean), read(log_var)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _limit(x: Array, bound: float) -> Array:
-  """Clips to +-bound. Backward looks at what came out, which is kept anyway, not at x."""
-  return jnp.clip(x, -bound, bound)
-
-
-def _limit_forward(x, bound):
-  out = _limit(x, bound)
-  return out, out
-
-
-def _limit_backward(bound, out, g):
-  return (jnp.where(jnp.abs(out) < bound, g, 0),)
-
-
-_limit.defvjp(_limit_forward, _limit_backward)
+    return [Ensemble(take.members, take.hidden, take.latent, name=name)(
+              x, None if members is None else members[i])
+            for i, (name, x) in enumerate(modalities.items())]
 
 
 class UncertaintyFusion(nn.Module):
@@ -153,6 +127,7 @@ class UncertaintyFusion(nn.Module):
         An array, so that another choice compiles nothing.
     """
     take = self.config
-    fused = fuse(*Ensembles(take, name="ensembles")(modalities, members), ddof=take.ddof)
+    answers = Ensembles(take, name="ensembles")(modalities, members)
+    fused = fuse_answers(answers, limit=take.log_var_limit, ddof=take.ddof)
     code = Linear(take.features, name="fuse")(jnp.concatenate([fused.mean, points], -1))
     return code, fused

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.fusion import api, bench, fuse, pallas
+from kernels.fusion import api, bench, fuse, fuse_answers, pallas
 
 HAS_GPU = any(d.platform == "gpu" for d in jax.devices())
 
@@ -41,15 +41,45 @@ def test_members_that_agree_leave_no_epistemic_doubt():
   np.testing.assert_allclose(out.epistemic, 0, atol=1e-10)
 
 
+# A block and a bit, then two whole blocks, whose gradients may take the answers' place.
+@pytest.mark.parametrize("splats,implementation", [(130, "xla"), (130, "pallas"), (256, "pallas")])
+def test_answers_are_fused_as_means_and_clipped_log_variances_are(splats, implementation):
+  means, log_vars = bench.beliefs(3, 3, splats, 4)
+  answers = list(jnp.concatenate([means, 3 * log_vars], -1).swapaxes(2, 3))
+
+  def joint(answers):
+    out = fuse_answers(answers, limit=2.0, ddof=0, implementation=implementation)
+    return jnp.sum(jnp.sin(out.mean)), out
+
+  def apart(answers):
+    means, log_vars = jnp.split(jnp.stack(answers).swapaxes(2, 3), 2, -1)
+    out = fuse(means, jnp.clip(log_vars, -2, 2), ddof=0, implementation="xla")
+    return jnp.sum(jnp.sin(out.mean)), out
+
+  (grads, out), (expected_grads, expected) = (
+    jax.jit(jax.grad(each, has_aux=True))(answers) for each in (joint, apart))
+  assert np.mean(np.abs(3 * log_vars) > 2) > 0.1  # of them nothing is learnt
+  for a, b in zip((*out, *grads), (*expected, *expected_grads), strict=True):
+    assert a.shape == b.shape
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+  assert not np.any(np.asarray(grads)[:, :, 4:][np.abs(np.asarray(answers)[:, :, 4:]) > 2])
+
+
+def test_answers_of_unlike_shapes_are_refused():
+  for answers in ([jnp.zeros((2, 4, 3)), jnp.zeros((2, 4, 5))], [jnp.zeros((2, 3, 3))]):
+    with pytest.raises(ValueError, match="want answers of one shape"):
+      fuse_answers(answers)
+
+
 @pytest.mark.parametrize("mapped", (False, True))
 def test_lowers_for_cuda_without_a_gpu(mapped):
-  def both(means, log_vars):
-    mean, vjp = jax.vjp(lambda m, s: pallas.fuse(m, s, 1)[0], means, log_vars)
-    return pallas.fuse(means, log_vars, 1), vjp(mean)
+  def both(*answers):
+    mean, vjp = jax.vjp(lambda *x: pallas.fuse(x, 1, 10.0)[0], *answers)
+    return pallas.fuse(answers, 1, 10.0), vjp(mean)
 
-  shape = jax.ShapeDtypeStruct((2, 3, 4, 200, 16) if mapped else (3, 4, 200, 16), jnp.float32)
+  shape = jax.ShapeDtypeStruct((2, 4, 32, 200) if mapped else (4, 32, 200), jnp.float32)
   run = jax.jit(jax.vmap(both) if mapped else both)
-  text = run.trace(shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+  text = run.trace(*[shape] * 3).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("mosaic_gpu_v2") >= 3
 
 

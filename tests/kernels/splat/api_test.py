@@ -92,7 +92,8 @@ def test_the_order_of_arrays_does_not_matter():
       "means", "quats", "scales", "opacities", "colors", "features")}
   a, b = rasterize(**inputs), rasterize(**shuffled)
   for name in SHOWN:
-    np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    # Not to the bit: XLA may round the first splats of an array and its last ones differently.
+    np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-6)
   np.testing.assert_array_equal(a.radii[:, shuffle], b.radii)
 
 
