@@ -72,11 +72,16 @@ class Extract:
   subject: Positional[Path]  # a subject folder
   size: Literal["small", "paper"] = "small"  # of the networks; paper: as published, wants a GPU
   wav2vec2: Path | None = None  # folder with Hugging Face wav2vec2 weights, with --size paper
+  audio: config.Audio = "mel"  # what the avatar hears; train with the same --model.audio
+  audio_weights: Path | None = None  # Hugging Face folder, with --audio hubert or wav2vec2
   seed: int = 0
 
   def run(self) -> int:
     if self.wav2vec2 is not None and self.size != "paper":
       raise WrongUse("--wav2vec2 belongs to --size paper: give both or none")
+    if self.audio_weights is not None and self.audio not in ("hubert", "wav2vec2"):
+      raise WrongUse("--audio-weights belongs to --audio hubert or wav2vec2: give both or none")
+    from uajax.data import folder
     from uajax.priors import extract
 
     settings = dataclasses.replace(
@@ -84,10 +89,12 @@ class Extract:
       wav2vec2=str(self.wav2vec2 or ""),
       seed=self.seed,
     )
+    folder.make_windows(self.subject, self.audio, self.audio_weights)
     extractors = extract.train(self.subject, settings)
     for note in extractors.provenance.get("notes", ()):
       print(f"note: {note}")
-    print(f"features in {self.subject}; next: uajax train {self.subject} --workdir RUN")
+    choice = "" if self.audio == "mel" else f" --model.audio {self.audio}"
+    print(f"features in {self.subject}; next: uajax train {self.subject} --workdir RUN{choice}")
     return 0
 
 
@@ -138,6 +145,8 @@ class Synthesize:
   intensity: float = 1.0  # of the named emotion: 0 none, 1 full
   emotion_reference: Path | None = None  # take the emotion of this recording
   blink: Literal["auto", "none"] = "auto"  # natural blinks, or open eyes
+  audio_weights: Path | None = None  # of the audio encoder, if they were moved since `extract`
+  audio_windows: Path | None = None  # .npy made elsewhere of this audio, for DeepSpeech runs
   uncertainty: Path | None = None  # a second .mp4: how unsure the motion is, pixel by pixel
   background: Literal["subject", "black", "white", "green"] = "subject"  # behind the head
   subject: Path | None = None  # where the subject folder lies now, if it was moved
@@ -155,6 +164,8 @@ class Synthesize:
       emotion=self.emotion,
       intensity=self.intensity,
       emotion_reference=self.emotion_reference,
+      audio_weights=self.audio_weights,
+      audio_windows=self.audio_windows,
       blink=self.blink,
       uncertainty=self.uncertainty,
       subject=self.subject,

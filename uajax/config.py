@@ -7,7 +7,7 @@ official behaviour a field can bring back.
 import dataclasses
 from typing import Literal
 
-Audio = Literal["mel", "deepspeech", "hubert"]
+Audio = Literal["mel", "phones", "deepspeech", "hubert", "wav2vec2"]  # see speech.encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Planes:
 class Motion:
   """The uncertainty-aware deformation field (method.md C.2 to C.6)."""
 
-  audio_channels: int = 80  # d of the audio windows: 80 log-mel, 29 DeepSpeech, 1024 HuBERT
+  audio_channels: int = 80  # d of the audio windows; training takes it and the width from them
   audio_width: int = 16  # w
   audio_code: int = 32
   planes: Planes = Planes()
@@ -56,7 +56,7 @@ class Densify:
   prune_size: float = 0.1  # of the scene: larger ones go, once motion is on
   min_opacity: float = 0.05  # at step 0 ...
   min_opacity_rise: float = 0.25  # ... and this much more at `until`
-  slots: int = 65_536  # capacity to begin with
+  slots: int = 32_768  # capacity to begin with: a step costs what its slots cost, used or not
   max_slots: int = 262_144  # slots double up to this; beyond it growth is dropped and counted
 
 

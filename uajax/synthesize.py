@@ -70,6 +70,8 @@ def synthesize(
   emotion: str | None = None,
   intensity: float = 1.0,
   emotion_reference: str | os.PathLike | None = None,
+  audio_weights: str | os.PathLike | None = None,
+  audio_windows: str | os.PathLike | None = None,
   blink: Literal["auto", "none"] = "auto",
   uncertainty: str | os.PathLike | None = None,
   subject: str | os.PathLike | None = None,
@@ -85,6 +87,8 @@ def synthesize(
     emotion: an emotion by name; None: as the recording sounds.
     intensity: of the named emotion, 0 (neutral) to 1 (full).
     emotion_reference: a recording whose emotion is taken instead.
+    audio_weights: folder of the audio encoder's weights, if it is no longer where it was.
+    audio_windows: .npy file of audio windows of `audio`, made elsewhere; none are computed then.
     blink: "auto" blinks at random intervals as strongly as in training; "none" never.
     uncertainty: a second MP4, the uncertainty of every pixel from black (none) to yellow.
     subject: the subject folder, if it is no longer where it was when training.
@@ -112,12 +116,13 @@ def synthesize(
   avatar = run.avatar()
   extractors = extract.load(run.extractors)
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
-  speech = extract.hear(extractors, sound, frames, emotion=wanted)
-  channels = avatar.config.audio_channels
-  if speech.audio.shape[-1] != channels:
+  listen = _listener(run, audio_weights, audio_windows)
+  speech = extract.hear(extractors, sound, frames, emotion=wanted, listen=listen)
+  size = avatar.config.audio_width, avatar.config.audio_channels
+  if speech.audio.shape[1:] != size:
     raise UserError(
-      f"{run.path} listens to {channels}-channel {run.experiment.model.audio} windows, which are "
-      f"not computed from a recording here: train with --model.audio mel"
+      f"{run.path} listens to windows of {size[0]} steps and {size[1]} channels, these have "
+      f"{speech.audio.shape[1]} and {speech.audio.shape[2]}: give what it was trained with"
     )
   numbers = [source.numbers(i) for i in range(len(source))]
   cameras = [camera for camera, _, _ in numbers]
@@ -362,6 +367,27 @@ def ahead(function: Callable[[Any], Any], items: Iterable, depth: int = 2 * CHUN
     finally:
       for future in waiting:
         future.cancel()
+
+
+def _listener(run, weights, file):
+  """What makes the audio windows of speech for this run (`encoders.Windows`)."""
+  from uajax.data import folder
+  from uajax.speech import encoders
+
+  kind = run.experiment.model.audio
+  if file is None:
+    return encoders.recalled(run.extractors, kind, weights).windows
+  windows = folder.read_window_file(file, kind)
+
+  def given(wav, frames: int):
+    if not frames - folder.LATE <= len(windows) <= frames + folder.LATE:
+      raise UserError(
+        f"{file} has {len(windows)} windows, the recording lasts {frames} frames: make them of "
+        "the same recording"
+      )
+    return windows[:frames]
+
+  return given
 
 
 def _emotion(extractors, name, intensity: float, reference):

@@ -1,14 +1,20 @@
 """From speech to film: poses that go on, blinks, frames that are the avatar's, length and sound."""
 
+import dataclasses
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
+from tests.uajax.speech import tiny_model
 from uajax import media, synthesize
 from uajax.data import folder
 from uajax.errors import UserError
+from uajax.priors import extract
+from uajax.speech import encoders
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +196,36 @@ def test_eight_kilohertz_stereo_is_heard(run, tmp_path):
     file.writeframes(np.repeat(pcm, 2).tobytes())
   made = synthesize.synthesize(run.path, tmp_path / "s.wav", tmp_path / "o.mp4")
   assert made.frames == 13 and made.duration_s == 0.52
+
+
+def test_speech_is_heard_as_the_subject_was(subject, tmp_path):
+  """A run on HuBERT features: with the same weights, with windows made elsewhere, with neither."""
+  weights, own = tmp_path / "weights", tmp_path / "subject"
+  tiny_model.write(weights)
+  shutil.copytree(subject, own)
+  folder.make_windows(own, "hubert", weights)
+  motion = dataclasses.replace(tiny_run.MOTION, audio_channels=tiny_model.HIDDEN, audio_width=2)
+  run = tiny_run.make(tmp_path / "run", own, motion=motion, audio="hubert")
+  shutil.copy(own / "extractors" / "aud_hu.json", run.extractors)
+  media.write_wav(tmp_path / "in.wav", speech(0.4))
+  say = lambda out, **given: synthesize.synthesize(
+    run.path, tmp_path / "in.wav", tmp_path / out, background="black", **given)  # fmt: skip
+  say("a.mp4")
+  sound = media.read_audio(tmp_path / "in.wav")
+  listen = encoders.make("hubert", weights).windows
+  windows = extract.hear(extract.load(run.extractors), sound, 10, listen=listen).audio
+  np.save(tmp_path / "windows.npy", windows)
+  say("b.mp4", audio_windows=tmp_path / "windows.npy")
+  np.testing.assert_array_equal(pictures(tmp_path / "a.mp4"), pictures(tmp_path / "b.mp4"))
+  np.save(tmp_path / "windows.npy", np.zeros_like(windows))
+  say("c.mp4", audio_windows=tmp_path / "windows.npy")
+  assert (pictures(tmp_path / "a.mp4") != pictures(tmp_path / "c.mp4")).any()
+  np.save(tmp_path / "windows.npy", np.zeros((30, 2, tiny_model.HIDDEN)))
+  with pytest.raises(UserError, match="has 30 windows, the recording lasts 10 frames"):
+    say("d.mp4", audio_windows=tmp_path / "windows.npy")
+  tiny_model.write(weights, seed=1)
+  with pytest.raises(UserError, match="was heard with hubert"):
+    say("d.mp4")
+  shutil.rmtree(weights)
+  with pytest.raises(UserError, match="is gone: give their new place with --audio-weights"):
+    say("d.mp4")

@@ -25,19 +25,19 @@ MOTION = config.Motion(
 EXPERIMENT = config.Experiment(model=config.Model(motion=MOTION))
 
 
-def avatar(seed: int = 0, splats: int = 16) -> Avatar:
+def avatar(seed: int = 0, splats: int = 16, motion: config.Motion = MOTION) -> Avatar:
   """Coloured blobs within 5 cm of the origin; the last two slots of each layer are dead.
 
   Drawn by NumPy into the shapes that `init_motion` gives, which would take longer to run.
   """
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  shapes = jax.eval_shape(lambda key: init_motion(key, MOTION), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: init_motion(key, motion), jax.random.key(0))
   layers = []
   for shape in shapes:
     # Scales by which all that drives the avatar reaches its pixels.
     size = lambda path: 3.0 if {"planes", "codebook_0"} & {part.key for part in path} else 0.33
-    motion = jax.tree_util.tree_map_with_path(
+    motions = jax.tree_util.tree_map_with_path(
       lambda path, spec, size=size: size(path) * normal(*spec.shape), shape
     )
     values = Splats(
@@ -48,15 +48,19 @@ def avatar(seed: int = 0, splats: int = 16) -> Avatar:
       sh_dc=normal(splats, 1, 3),
       sh_rest=0.1 * normal(splats, 8, 3),
     )
-    layers.append(Layer(values, jnp.arange(splats) < splats - 2, motion))
-  return Avatar(face=layers[0], mouth=layers[1], config=MOTION)
+    layers.append(Layer(values, jnp.arange(splats) < splats - 2, motions))
+  return Avatar(face=layers[0], mouth=layers[1], config=motion)
 
 
-def make(path, subject, *, seed: int = 0) -> runs.Run:
+def make(
+  path, subject, *, seed: int = 0, motion: config.Motion = MOTION, audio: config.Audio = "mel"
+) -> runs.Run:
   """A run folder with extractors and one checkpoint of a finished training."""
-  run = runs.create(path, subject, EXPERIMENT)
+  experiment = dataclasses.replace(EXPERIMENT, model=config.Model(motion=motion, audio=audio))
+  run = runs.create(path, subject, experiment)
   extract.save(run.extractors, extractors())
-  run.save(avatar(seed), {"step": np.zeros((), np.int32)}, runs.Progress(stage=3, step=0, total=7))
+  made, training = avatar(seed, motion=motion), {"step": np.zeros((), np.int32)}
+  run.save(made, training, runs.Progress(stage=3, step=0, total=7))
   return run
 
 

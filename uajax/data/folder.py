@@ -1,7 +1,7 @@
 """A subject's folder: the layout of TalkingGaussian and UA-3DTalk, read and written.
 
 ```
-aud.wav  aud_mel.npy [T 16 80]  (aud_ds.npy [T 16 29], aud_hu.npy [T 2 1024])  au.csv  bc.jpg
+aud.wav  aud_mel.npy [T 16 80]  (others: `speech.encoders.KINDS`)  au.csv  bc.jpg
 transforms_{train,val}.json   {focal_len, cx, cy, frames: [{img_id, aud_id, transform_matrix}]}
 ori_imgs/<i>.jpg  ori_imgs/<i>.lms  gt_imgs/<i>.jpg  torso_imgs/<i>.png  parsing/<i>.png
 teeth_mask/<i>.npy            bool [h w]
@@ -30,16 +30,17 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
-from uajax import types
+from uajax import pretrained, types
 from uajax.config import Audio
 from uajax.errors import UserError
 from uajax.saving import aside
+from uajax.speech import encoders
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+PICTURES = ("ori_imgs", "gt_imgs", "torso_imgs", "parsing", "teeth_mask")  # a file a frame each
 
-WINDOWS = {"mel": "aud_mel.npy", "deepspeech": "aud_ds.npy", "hubert": "aud_hu.npy"}
-SHAPES = {"mel": (16, 80), "deepspeech": (16, 29), "hubert": (2, 1024)}  # w d of a window
+WINDOWS = {audio: kind.file for audio, kind in encoders.KINDS.items()}
 _PRIOR_WIDTHS = (types.EXPRESSION, types.EXPRESSION, types.EMOTION)
 
 
@@ -63,7 +64,7 @@ COLOURS = {
   types.NECK: (0, 255, 0),
   types.TORSO: (255, 0, 0),
 }
-_LATE = 5  # frames at the end of a video that may lack an audio window; they are left out
+LATE = 5  # frames at the end of a video that may lack an audio window; they are left out
 READERS = 8  # threads that decode pictures; libjpeg and zlib free the interpreter
 
 
@@ -93,7 +94,7 @@ class Source(Sequence):
     windows = read_windows(self.path, audio)
     # The last frames of a video may outlast its sound by a window or two; only those may go.
     heard = ids < len(windows)
-    if ids.max() >= len(windows) + _LATE or not heard.any():
+    if ids.max() >= len(windows) + LATE or not heard.any():
       raise UserError(
         f"{self.path / WINDOWS[audio]} has {len(windows)} audio windows but "
         f"transforms_{split}.json names frame {ids.max()}: recompute the audio features"
@@ -254,21 +255,71 @@ def read_windows(path: str | os.PathLike, audio: Audio = "mel") -> Float32[np.nd
   path = pathlib.Path(path)
   if audio not in WINDOWS:
     raise ValueError(f"audio is one of {', '.join(WINDOWS)}, not {audio!r}")
-  file = path / WINDOWS[audio]
-  if audio == "deepspeech" and not file.exists() and (path / "aud.npy").exists():
-    file = path / "aud.npy"
+  file = _window_file(path, audio)
   if not file.exists() and audio == "mel" and (path / "aud.wav").exists():
     windows = _mel_windows(path)
   else:
-    _require(file, "run `uajax preprocess`, or choose another of " + ", ".join(WINDOWS))
+    _require(file, _window_remedy(path, audio))
     windows = _array(file)
-  shape = SHAPES[audio]
-  if windows.ndim != 3 or windows.shape[1:] != shape or not len(windows):
-    raise UserError(
-      f"{file} has the shape {windows.shape}, not [frames, {shape[0]}, {shape[1]}]: "
-      "recompute the audio features"
-    )
-  return _finite(windows, file).astype(np.float32)
+  return encoders.check(windows, audio, file)
+
+
+def read_window_file(file: str | os.PathLike, audio: Audio) -> Float32[np.ndarray, "f w d"]:
+  """Audio windows that others made, from a .npy file. Raises UserError as `read_windows`."""
+  file = pathlib.Path(file)
+  _require(file, "give the .npy file of the audio windows")
+  return encoders.check(_array(file), audio, file)
+
+
+def make_windows(
+  path: str | os.PathLike, audio: Audio, weights: str | os.PathLike | None = None
+) -> None:
+  """Makes a subject's audio windows where they lack, and notes by which encoder.
+
+  Those by the same encoder of the same sound stay; so do those that others made, unless weights
+  are given to make them with. Mel windows need no making.
+
+  Args:
+    weights: as in `speech.encoders.make`; by default the ones noted.
+
+  Raises:
+    UserError: the encoder cannot be had, no sound or transforms, a disk that is full.
+  """
+  path = pathlib.Path(path)
+  frames = 1 + max(int(frame_ids(path, split).max()) for split in SPLITS)
+  if audio == "mel":
+    return
+  noted = path / "extractors" / encoders.record_name(audio)
+  if _window_file(path, audio).exists() and not noted.exists() and weights is None:
+    read_windows(path, audio)
+    return
+  encoder = encoders.recalled(noted.parent, audio) if weights is None else encoders.make(
+    audio, weights)
+  _require(path / "aud.wav", "preprocess the video again")
+  sound = {"sound": pretrained.digest(path / "aud.wav"), "frames": frames}
+  file = path / WINDOWS[audio]
+  note = lambda: encoders.record(encoder) | sound | {"windows": pretrained.digest(file)}
+  try:
+    if json.loads(noted.read_text()) == note():
+      return
+  except (OSError, ValueError):  # none yet, or damaged: made anew
+    pass
+  from uajax import media
+
+  windows = encoder.windows(media.read_audio(path / "aud.wav"), frames)
+  noted.unlink(missing_ok=True)  # it tells of earlier ones
+  with aside(file) as partial:
+    np.save(partial, windows)
+  with aside(noted) as partial:
+    partial.write_text(json.dumps(note(), indent=1, sort_keys=True))
+
+
+def window_shape(path: str | os.PathLike, audio: Audio) -> tuple[int, ...]:
+  """Steps and channels of the audio windows of a subject. Raises UserError as `read_windows`."""
+  known = encoders.KINDS[audio]
+  if known.channels is not None:
+    return known.width, known.channels
+  return read_windows(path, audio).shape[1:]
 
 
 def neighbours(
@@ -342,6 +393,20 @@ class Content(NamedTuple):
   original: UInt8[np.ndarray, "h w 3"] | None = None  # the camera's picture; else the truth
 
 
+def write_pictures(path: pathlib.Path, number: int, content: Content) -> None:
+  """Writes the files of frame `number` into a folder that holds all of PICTURES."""
+  palette = np.asarray([COLOURS[c] for c in range(len(COLOURS))], np.uint8)
+  original = content.truth if content.original is None else content.original
+  teeth = np.zeros(content.classes.shape, bool) if content.teeth is None else content.teeth
+  lines = "".join(f"{x:f} {y:f}\n" for x, y in np.asarray(content.landmarks, np.float64))
+  _save_jpeg(path / "ori_imgs" / f"{number}.jpg", original)
+  _save_jpeg(path / "gt_imgs" / f"{number}.jpg", content.truth)
+  _save_png(path / "torso_imgs" / f"{number}.png", content.torso_rgba)
+  _save_png(path / "parsing" / f"{number}.png", palette[content.classes])
+  np.save(path / "teeth_mask" / f"{number}.npy", teeth)
+  (path / "ori_imgs" / f"{number}.lms").write_text(lines)
+
+
 class Writer:
   """Writes a subject's folder frame by frame. Made by `writer`."""
 
@@ -352,7 +417,8 @@ class Writer:
     self._size: tuple[int, ...] = ()
     self._numbers: list[int] = []
     self.finished = False
-    for name in ("ori_imgs", "gt_imgs", "torso_imgs", "parsing", "teeth_mask"):
+    self._count: int | None = None  # of frames, where not all have pictures
+    for name in PICTURES:
       (path / name).mkdir()
 
   def frame(
@@ -387,26 +453,36 @@ class Writer:
         raise ValueError(f"frame {number}: {name} has the shape {array.shape}, not {shape}")
       if name in ("truth", "original", "torso_rgba") and array.dtype != np.uint8:
         raise ValueError(f"frame {number}: {name} is {array.dtype}, not uint8")
-    palette = np.asarray([COLOURS[c] for c in range(len(COLOURS))], np.uint8)
-    colours = palette[parsing_classes]
-    lines = "".join(f"{x:f} {y:f}\n" for x, y in np.asarray(landmarks, np.float64))
-
     # The caller may reuse its arrays at once: what is encoded later is copied now.
-    truth, original, torso = truth.copy(), original.copy(), torso_rgba.copy()
-    teeth = teeth.astype(bool)
-
-    def encode() -> None:
-      _save_jpeg(self.path / "ori_imgs" / f"{number}.jpg", original)
-      _save_jpeg(self.path / "gt_imgs" / f"{number}.jpg", truth)
-      _save_png(self.path / "torso_imgs" / f"{number}.png", torso)
-      _save_png(self.path / "parsing" / f"{number}.png", colours)
-      np.save(self.path / "teeth_mask" / f"{number}.npy", teeth)
-      (self.path / "ori_imgs" / f"{number}.lms").write_text(lines)
-
+    content = Content(
+      truth=truth.copy(),
+      torso_rgba=torso_rgba.copy(),
+      classes=parsing_classes.copy(),
+      landmarks=np.array(landmarks),
+      teeth=teeth.astype(bool),
+      original=original.copy(),
+    )
     self._numbers.append(int(number))
-    self._waiting.append(self.pool.submit(encode))
+    self._waiting.append(self.pool.submit(write_pictures, self.path, int(number), content))
     while len(self._waiting) > 16:
       self._waiting.popleft().result()
+
+  def adopt(
+    self, source: pathlib.Path, numbers: Sequence[int], count: int, size: tuple[int, int]
+  ) -> None:
+    """Takes over what `write_pictures` put into a folder on the same disk, instead of `frame`.
+
+    Args:
+      source: the folder; its picture folders are moved away.
+      numbers: the frames that are there. Others of 0 .. count-1 are left out of both splits;
+        the tables have their rows all the same, and no number changes (method.md Q60).
+      count: of all frames.
+      size: height and width of the pictures.
+    """
+    for name in PICTURES:
+      (self.path / name).rmdir()
+      os.replace(source / name, self.path / name)
+    self._numbers, self._count, self._size = [int(n) for n in numbers], count, size
 
   def finish(
     self,
@@ -420,7 +496,9 @@ class Writer:
     expression: Float[np.ndarray, "f 64"] | None = None,
     emotions: Sequence[tuple[str, float]] | None = None,
   ) -> None:
-    """Writes the tables; row i of each belongs to frame i, 0 .. f-1 all written before.
+    """Writes the tables; row i of each belongs to frame i, 0 .. f-1 all written or adopted.
+
+    The first 10/11 of the frames that have pictures are for training, the rest for validation.
 
     Args:
       speech: 16 kHz mono in [-1, 1].
@@ -439,8 +517,10 @@ class Writer:
 
     while self._waiting:
       self._waiting.popleft().result()
-    count = len(self._numbers)
-    if sorted(self._numbers) != list(range(count)) or count < 2:
+    listed = sorted(self._numbers)
+    count = len(listed) if self._count is None else self._count
+    whole = listed == list(range(count)) if self._count is None else listed == sorted(set(listed))
+    if not whole or len(listed) < 2 or not 0 <= listed[0] <= listed[-1] < count:
       raise ValueError(f"the frames are not 0..{count - 1}, each once, and at least two")
     if plate.shape != (*self._size, 3) or plate.dtype != np.uint8:
       raise ValueError(f"plate is {plate.dtype} {plate.shape}, not uint8 {(*self._size, 3)}")
@@ -476,8 +556,8 @@ class Writer:
     height, width = self._size
     c2ws = np.linalg.inv(np.asarray(viewmats, np.float64))
     c2ws[:, :3, 1:3] *= -1
-    train = count * 10 // 11
-    for split, numbers in (("train", range(train)), ("val", range(train, count))):
+    train = len(listed) * 10 // 11
+    for split, numbers in (("train", listed[:train]), ("val", listed[train:])):
       frames = [
         {"img_id": i, "aud_id": i, "transform_matrix": c2ws[i].tolist()} for i in numbers
       ]
@@ -780,6 +860,21 @@ def _array(file: pathlib.Path, key: str | None = None) -> np.ndarray:
   if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
     raise UserError(f"{file} holds no plain array of numbers: make it anew")
   return array
+
+
+def _window_file(path: pathlib.Path, audio: Audio) -> pathlib.Path:
+  file = path / WINDOWS[audio]
+  official = path / "aud.npy"
+  return official if audio == "deepspeech" and official.exists() and not file.exists() else file
+
+
+def _window_remedy(path: pathlib.Path, audio: Audio) -> str:
+  there = [other for other, name in WINDOWS.items() if (path / name).exists()]
+  others = f", or choose --model.audio {' or '.join(there)}" if there else ""
+  if audio == "deepspeech":
+    return f"the official preprocessing makes it{others}"
+  weights = " --audio-weights FOLDER" if encoders.KINDS[audio].models else ""
+  return f"run `uajax extract {path} --audio {audio}{weights}`{others}"
 
 
 def _mel_windows(path: pathlib.Path) -> np.ndarray:

@@ -50,7 +50,8 @@ class Subject(tfds.core.GeneratorBasedBuilder):
   builder_config: Config
 
   def _info(self) -> tfds.core.DatasetInfo:
-    steps, channels = folder.SHAPES[self.builder_config.audio]
+    config = self.builder_config
+    steps, channels = folder.window_shape(config.subject, config.audio)
     shapes = {
       "viewmat": (4, 4),
       "K": (3, 3),

@@ -38,7 +38,7 @@ from uajax.priors.lip import Lessons, LipConfig
 from uajax.priors.style import StyleConfig
 from uajax.progress import Progress
 from uajax.saving import aside
-from uajax.speech import features, wav2vec2
+from uajax.speech import encoders, features, wav2vec2
 from uajax.speech.wav2vec2 import Wav2Vec2Config
 from uajax.types import EMOTION, EXPRESSION, SAMPLE_RATE_HZ, Speech
 
@@ -178,6 +178,7 @@ def hear(
   frames: int | None = None,
   *,
   emotion: Float[np.ndarray, "*f 128"] | None = None,
+  listen: encoders.Windows = features.mel_windows,
 ) -> Speech:
   """All features of speech, a row a video frame.
 
@@ -186,6 +187,7 @@ def hear(
     frames: how many; None for all that the speech lasts.
     emotion: a standardised feature (`emotion.control.resolve`) for all frames or one for each, in
       place of what is heard.
+    listen: what makes the audio windows (`speech.encoders`).
 
   Speech much louder or softer than the person's own (beyond 6 dB) is brought to within that.
   """
@@ -223,7 +225,7 @@ def hear(
       )
     heard = np.broadcast_to(heard, (frames, EMOTION))
   scales = extractors.scales
-  windows: Any = features.mel_windows(wav, frames)
+  windows: Any = listen(wav, frames)
   return Speech(
     audio=windows,
     f_exp=scales["f_exp"].apply(expression).clip(-LIMIT, LIMIT),
@@ -366,15 +368,17 @@ def _encode(config: ExtractConfig) -> dict:
 def _decode(kind, value):
   """A settings dataclass from plain JSON values; the defaults tell the fields' kinds.
 
+  A field that came with a later version has its default, which is what there was before.
+
   Raises:
-    TypeError, KeyError: the fields are not those of this version.
+    TypeError, KeyError: a field that this version does not know.
   """
   pattern = kind()
-  names = {f.name for f in dataclasses.fields(kind)}
-  if set(value) != names:
-    raise KeyError(f"{kind.__name__} has other fields: {sorted(set(value) ^ names)}")
+  unknown = set(value) - {f.name for f in dataclasses.fields(kind)}
+  if unknown:
+    raise KeyError(f"{kind.__name__} has other fields: {sorted(unknown)}")
   made = {}
-  for name in names:
+  for name in value:
     like = getattr(pattern, name)
     if dataclasses.is_dataclass(like):
       made[name] = _decode(type(like), value[name])

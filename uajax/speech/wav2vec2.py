@@ -1,7 +1,8 @@
-"""wav2vec2 (the base layout: group norm in front, layer norms behind the residuals).
+"""wav2vec2 and HuBERT, which are one network trained in two ways, base and large.
 
-Reads Hugging Face weights (`config.json` + `model.safetensors`, for instance
-facebook/wav2vec2-base-960h) and computes what the original computes in evaluation mode.
+Reads Hugging Face weights (`config.json` with `model.safetensors` or `pytorch_model.bin`, for
+instance facebook/wav2vec2-base-960h or facebook/hubert-large-ls960-ft) and computes what the
+original computes in evaluation mode.
 
 Axes: b batch, s samples at 16 kHz (each window of mean 0 and variance 1), t steps of 20 ms,
 c convolution channels, d hidden units.
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,6 +37,9 @@ class Wav2Vec2Config:
   position_groups: int = 16
   epsilon: float = 1e-5
   dropout: float = 0.1  # in training only
+  conv_norm: Literal["group", "layer"] = "group"  # after the first convolution, or after each
+  conv_bias: bool = False
+  stable: bool = False  # layer norms before what the residuals add, and one at the end (large)
 
   def steps(self, samples: int) -> int:
     """Output steps of that many samples: 48 000 -> 149."""
@@ -56,9 +61,12 @@ class Wav2Vec2(nn.Module):
     x = wav[..., None]
     for i, (kernel, stride) in enumerate(zip(c.conv_kernels, c.conv_strides, strict=True)):
       x = nn.Conv(
-        c.conv_channels, (kernel,), (stride,), padding="VALID", use_bias=False, name=f"conv_{i}"
-      )(x)
-      if i == 0:  # over time, each channel by itself
+        c.conv_channels, (kernel,), (stride,), padding="VALID", use_bias=c.conv_bias,
+        name=f"conv_{i}",
+      )(x)  # fmt: skip
+      if c.conv_norm == "layer":  # over the channels, each step by itself
+        x = self.norm(f"conv_norm_{i}", epsilon=1e-5)(x)
+      elif i == 0:  # over time, each channel by itself
         x = nn.GroupNorm(
           num_groups=c.conv_channels, epsilon=1e-5, use_fast_variance=False, name="conv_norm"
         )(x)
@@ -73,16 +81,25 @@ class Wav2Vec2(nn.Module):
       feature_group_count=c.position_groups,
       name="position",
     )(x)[:, : x.shape[1]]  # an even kernel gives one step too many
-    x = drop(self.norm("norm")(x + nn.gelu(position, approximate=False)))
+    x = x + nn.gelu(position, approximate=False)
+    x = drop(x if c.stable else self.norm("norm")(x))
     for i in range(c.layers):
-      x = self.norm(f"attend_norm_{i}")(x + drop(self.attend(x, i)))
-      inner = nn.gelu(nn.Dense(c.feed_forward, name=f"widen_{i}")(x), approximate=False)
-      inner = nn.Dense(c.hidden, name=f"narrow_{i}")(drop(inner))
-      x = self.norm(f"feed_norm_{i}")(x + drop(inner))
-    return x, heard
+      attend_norm, feed_norm = self.norm(f"attend_norm_{i}"), self.norm(f"feed_norm_{i}")
+      if c.stable:
+        x = x + drop(self.attend(attend_norm(x), i))
+        x = x + drop(self.feed(feed_norm(x), i, drop))
+      else:
+        x = attend_norm(x + drop(self.attend(x, i)))
+        x = feed_norm(x + drop(self.feed(x, i, drop)))
+    return (self.norm("norm")(x) if c.stable else x), heard
 
-  def norm(self, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=self.config.epsilon, use_fast_variance=False, name=name)
+  def norm(self, name: str, epsilon: float | None = None) -> nn.LayerNorm:
+    epsilon = self.config.epsilon if epsilon is None else epsilon
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name)
+
+  def feed(self, x: Float[Array, "b t d"], i: int, drop: nn.Dropout) -> Float[Array, "b t d"]:
+    inner = nn.gelu(nn.Dense(self.config.feed_forward, name=f"widen_{i}")(x), approximate=False)
+    return nn.Dense(self.config.hidden, name=f"narrow_{i}")(drop(inner))
 
   def attend(self, x: Float[Array, "b t d"], i: int) -> Float[Array, "b t d"]:
     c = self.config
@@ -94,27 +111,51 @@ class Wav2Vec2(nn.Module):
 
 
 def load(folder: str | pathlib.Path) -> tuple[Wav2Vec2Config, dict]:
-  """Settings and parameters from a folder with `config.json` and `model.safetensors`.
+  """Settings and parameters from a folder with `config.json` and the weights.
 
   Raises:
     UserError: a file is missing or damaged, or the model is of another layout.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder / "config.json")
-  return config, from_huggingface(_read_tensors(folder / "model.safetensors"), config)
+  return config, from_huggingface(_read_tensors(weights_file(folder)), config)
+
+
+def weights_file(folder: str | pathlib.Path) -> pathlib.Path:
+  """`model.safetensors` of the folder, or `pytorch_model.bin` where that alone is there.
+
+  Raises:
+    UserError: neither is there.
+  """
+  files = [pathlib.Path(folder) / name for name in ("model.safetensors", "pytorch_model.bin")]
+  for file in files:
+    if file.is_file():
+      return file
+  raise UserError(
+    f"{folder} holds neither {files[0].name} nor {files[1].name}: give the folder of a Hugging"
+    " Face model"
+  )
 
 
 def read_config(path: str | pathlib.Path) -> Wav2Vec2Config:
-  """Settings from a Hugging Face `config.json`."""
+  """Settings from a Hugging Face `config.json` of wav2vec2 or HuBERT.
+
+  Raises:
+    UserError: it is missing or damaged, or of another layout.
+  """
   try:
     raw = json.loads(pathlib.Path(path).read_text())
     channels = raw["conv_dim"]
     known = (
-      raw["model_type"] == "wav2vec2"
-      and raw["feat_extract_norm"] == "group"
-      and not raw["do_stable_layer_norm"]
-      and not raw["conv_bias"]
+      raw["model_type"] in ("wav2vec2", "hubert")
+      and raw["feat_extract_norm"] in ("group", "layer")
       and len(set(channels)) == 1
+      and len(channels) == len(raw["conv_kernel"]) == len(raw["conv_stride"])
+      # Switches that rare variants turn, with what holds where a file does not name them.
+      and raw.get("feat_extract_activation", "gelu") == raw.get("hidden_act", "gelu") == "gelu"
+      and raw.get("feat_proj_layer_norm", True)
+      and not raw.get("conv_pos_batch_norm", False)
+      and not raw.get("add_adapter", False)
     )
     config = Wav2Vec2Config(
       conv_channels=int(channels[0]),
@@ -127,20 +168,31 @@ def read_config(path: str | pathlib.Path) -> Wav2Vec2Config:
       position_kernel=int(raw["num_conv_pos_embeddings"]),
       position_groups=int(raw["num_conv_pos_embedding_groups"]),
       epsilon=float(raw["layer_norm_eps"]),
+      conv_norm=raw["feat_extract_norm"],
+      conv_bias=bool(raw["conv_bias"]),
+      stable=bool(raw["do_stable_layer_norm"]),
     )
-  except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+  except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
     raise UserError(
-      f"{path} is no wav2vec2 config ({error!r}): give the folder of a Hugging Face model"
+      f"{path} is no config of wav2vec2 or HuBERT ({error!r}): give the folder of a Hugging Face"
+      " model"
     ) from error
   if not known:
     raise UserError(
-      f"{path} is not of wav2vec2's base layout (group norm, post-norm layers): use"
-      " wav2vec2-base or wav2vec2-base-960h"
+      f"{path} is not of the layout of wav2vec2 or HuBERT: use for instance wav2vec2-base-960h,"
+      " hubert-base-ls960 or hubert-large-ls960-ft"
     )
   return config
 
 
-def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+  if path.suffix == ".bin":
+    from uajax import torchfile
+
+    tensors = torchfile.load(path)
+    if not isinstance(tensors, Mapping):
+      raise UserError(f"{path} holds no named tensors: download it anew")
+    return {k: v for k, v in tensors.items() if isinstance(v, np.ndarray)}
   import safetensors
   import safetensors.numpy
 
@@ -151,20 +203,23 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def from_huggingface(tensors: Mapping[str, np.ndarray], config: Wav2Vec2Config) -> dict:
-  """Parameters of `Wav2Vec2` from Hugging Face tensors, with or without the `wav2vec2.` prefix.
+  """Parameters of `Wav2Vec2` from Hugging Face tensors, with or without the model's prefix.
 
   Heads on top (CTC) and the mask embedding are left out.
 
   Raises:
     UserError: a tensor is missing or its shape does not fit `config`.
   """
-  tensors = {k.removeprefix("wav2vec2."): np.asarray(v, np.float32) for k, v in tensors.items()}
+  tensors = {
+    k.removeprefix("wav2vec2.").removeprefix("hubert."): np.asarray(v, np.float32)
+    for k, v in tensors.items()
+  }
 
   def take(name: str, *shape: int) -> np.ndarray:
     if name not in tensors or tensors[name].shape != shape:
       found = tensors[name].shape if name in tensors else "nothing"
       raise UserError(
-        f"wav2vec2 weights: {name} should be {shape}, found {found}: config and weights differ"
+        f"speech weights: {name} should be {shape}, found {found}: config and weights differ"
       )
     return tensors[name]
 
@@ -179,15 +234,20 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Wav2Vec2Config) 
 
   c = config
   params = {
-    "conv_norm": norm("feature_extractor.conv_layers.0.layer_norm", c.conv_channels),
     "features_norm": norm("feature_projection.layer_norm", c.conv_channels),
     "project": dense("feature_projection.projection", c.hidden, c.conv_channels),
     "norm": norm("encoder.layer_norm", c.hidden),
   }
   for i, kernel in enumerate(c.conv_kernels):
-    inputs = c.conv_channels if i else 1
-    weight = take(f"feature_extractor.conv_layers.{i}.conv.weight", c.conv_channels, inputs, kernel)
+    layer, inputs = f"feature_extractor.conv_layers.{i}.", c.conv_channels if i else 1
+    weight = take(layer + "conv.weight", c.conv_channels, inputs, kernel)
     params[f"conv_{i}"] = {"kernel": weight.transpose(2, 1, 0)}
+    if c.conv_bias:
+      params[f"conv_{i}"]["bias"] = take(layer + "conv.bias", c.conv_channels)
+    if c.conv_norm == "layer":
+      params[f"conv_norm_{i}"] = norm(layer + "layer_norm", c.conv_channels)
+    elif i == 0:
+      params["conv_norm"] = norm(layer + "layer_norm", c.conv_channels)
   conv = "encoder.pos_conv_embed.conv"
   new, old = f"{conv}.parametrizations.weight.original", f"{conv}.weight_"
   length, direction = (new + "0", new + "1") if new + "0" in tensors else (old + "g", old + "v")

@@ -6,7 +6,8 @@ import PIL.Image
 import pytest
 
 from tests.uajax.data import subject_folder as tiny
-from uajax import types
+from tests.uajax.speech import tiny_model
+from uajax import media, types
 from uajax.data import folder
 from uajax.errors import UserError
 
@@ -214,3 +215,31 @@ def test_nothing_is_left_of_a_failed_writing(tmp_path):
     tables["action_units"].pop("AU25")
     folder.write(path, tiny.contents(rng), **tables)
   assert not list(tmp_path.iterdir())
+
+
+def test_windows_are_made_once_noted_and_made_again_when_the_sound_changes(copy, tmp_path):
+  weights = tmp_path / "hubert"
+  tiny_model.write(weights)
+  with pytest.raises(UserError, match="uajax extract .* --audio hubert --audio-weights .*mel"):
+    folder.read(copy, "val", audio="hubert")
+  with pytest.raises(UserError, match="want weights"):
+    folder.make_windows(copy, "hubert")
+  folder.make_windows(copy, "hubert", weights)
+  file, note = copy / "aud_hu.npy", copy / "extractors" / "aud_hu.json"
+  assert folder.read(copy, "val", audio="hubert").frames.controls.audio.shape == (2, 8, 16, 2)
+  first, changed = np.load(file), file.stat().st_mtime_ns
+  folder.make_windows(copy, "hubert")
+  assert file.stat().st_mtime_ns == changed
+  media.write_wav(copy / "aud.wav", np.random.default_rng(1).normal(0, 0.1, 7680))
+  folder.make_windows(copy, "hubert")
+  assert np.load(file).shape == (12, 2, 16) and (np.load(file) != first).any()
+  assert json.loads(note.read_text())["weights"] == str(weights)
+
+
+def test_windows_that_others_made_are_left_alone(copy):
+  np.save(copy / "aud_ds.npy", np.ones((12, 16, 29), np.float32))
+  folder.make_windows(copy, "deepspeech")
+  assert not (copy / "extractors").exists()
+  np.save(copy / "aud_hu.npy", np.ones((12, 3, 29), np.float32))
+  with pytest.raises(UserError, match="recompute"):
+    folder.make_windows(copy, "hubert")
