@@ -4,6 +4,12 @@ One record a frame: the pictures as they were encoded (or PNG, without loss) and
 Random access reads a frame in one go instead of five files. The records are a cache beside the
 folder, made again when a file of it changes; what is read is equal to `folder.read` bit for bit.
 
+Other programs have them by TFDS's own tools (both commands want TensorFlow, reading with
+`tfds.data_source` does not). A configuration is a way to hear, `mel` if none is named:
+
+    tfds build subject --imports uajax.data.subject --manual_dir data/me --data_dir records
+    tfds.load("subject/mel", data_dir="records", split="train")
+
 Axes: f frames of a split, h w pixels.
 """
 
@@ -28,6 +34,7 @@ from uajax import types
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.progress import Progress
+from uajax.speech import encoders
 
 _CACHE = ".tfds"  # in the subject's folder
 _PICTURES = ("image", "torso", "classes")  # encoded: JPEG, PNG (empty without), PNG
@@ -35,9 +42,9 @@ _PICTURES = ("image", "torso", "classes")  # encoded: JPEG, PNG (empty without),
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):
-  """Which folder and which audio windows. The name holds a fingerprint of both."""
+  """Which folder and which audio windows; in a cache the name holds a fingerprint of both."""
 
-  subject: str = ""
+  subject: str = ""  # "": the `manual_dir` of the download
   audio: folder.Audio = "mel"
 
 
@@ -46,12 +53,25 @@ class Subject(tfds.core.GeneratorBasedBuilder):
 
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First."}
+  BUILDER_CONFIGS = [
+    Config(name=audio, description=kind.name, audio=audio) for audio, kind in encoders.KINDS.items()
+  ]
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    "Give the folder that `uajax preprocess` or the official scripts made as --manual_dir."
+  )
 
   builder_config: Config
 
+  def __init__(self, *, file_format: Any = "array_record", **settings):
+    super().__init__(file_format=file_format or "array_record", **settings)
+
   def _info(self) -> tfds.core.DatasetInfo:
     config = self.builder_config
-    steps, channels = folder.window_shape(config.subject, config.audio)
+    if config.subject:
+      steps, channels = folder.window_shape(config.subject, config.audio)
+    else:  # not known yet; the weights tell how many channels some have
+      kind = encoders.KINDS[config.audio]
+      steps, channels = kind.width, kind.channels
     shapes = {
       "viewmat": (4, 4),
       "K": (3, 3),
@@ -79,8 +99,7 @@ class Subject(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
-    del dl_manager  # nothing is downloaded
-    where, audio = self.builder_config.subject, self.builder_config.audio
+    where, audio = self.builder_config.subject or dl_manager.manual_dir, self.builder_config.audio
     sources = {
       split: folder.Source(where, split, audio=audio, allow_missing_priors=True)
       for split in folder.SPLITS
@@ -212,7 +231,7 @@ def prepare(
   config = Config(name=name, version=Subject.VERSION, subject=str(path), audio=audio)
   try:
     with _quiet():
-      builder = Subject(data_dir=str(cache_dir), config=config, file_format="array_record")
+      builder = Subject(data_dir=str(cache_dir), config=config)
       builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
       )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.uajax.data import subject_folder as tiny
+from tests.uajax.speech import tiny_model
 from uajax.data import folder
 from uajax.errors import UserError
 
@@ -44,7 +45,7 @@ def assert_equal(a, b):
 
 
 def configs(path):
-  return sorted(p.name for p in (path / ".tfds" / "subject").iterdir())
+  return sorted(p.name for p in (path / ".tfds" / "subject").glob("[!.]*"))
 
 
 @pytest.mark.parametrize("split", folder.SPLITS)
@@ -104,3 +105,23 @@ def test_a_place_that_takes_no_records(copy):
   with pytest.raises(UserError, match="source=folder"):
     subject.prepare(copy, copy / "cache")
   assert os.path.isfile(copy / "cache")
+
+
+def test_other_programs_have_the_records_by_the_tools_of_tfds(copy, tmp_path):
+  """What `tfds build` does, and `tfds.data_source`, which needs no TensorFlow."""
+  import tensorflow_datasets as tfds
+
+  tiny_model.write(tmp_path / "weights")
+  folder.make_windows(copy, "hubert", tmp_path / "weights")
+  for config, channels in (("mel", 80), ("hubert", tiny_model.HIDDEN)):
+    builder = tfds.builder(f"subject/{config}", data_dir=tmp_path / "records")
+    builder.download_and_prepare(
+      download_config=tfds.download.DownloadConfig(manual_dir=copy, try_download_gcs=False)
+    )
+    frames = tfds.data_source(f"subject/{config}", data_dir=tmp_path / "records", split="train")
+    assert len(frames) == 10 and frames[3]["audio"].shape[:2] == (8, channels)
+    truth = folder.Source(copy, "train", audio=config)[3]
+    np.testing.assert_array_equal(frames[3]["audio"], truth.controls.audio)
+    assert frames[3]["image"] == (copy / "gt_imgs" / "3.jpg").read_bytes()
+  names = {p.name for p in (tmp_path / "records").rglob("*record*")}
+  assert "subject-train.array_record-00000-of-00001" in names
