@@ -37,6 +37,8 @@ MEMORY_FRAMES = 10  # landmark errors stay alike that long: so many frames count
 PASS_HZ = 8.0
 JITTER_HZ = 5.0  # motion above it counts as shaking in the report
 DIRECTIONS = 12
+SETTLE_ROUNDS = 10
+STILL_M = 0.0002  # motion of a landmark below which it counts as still
 SHAPE_FRAMES = 1500
 FOCAL_PRIOR = (2.4, 0.3)  # of image widths, and its spread in the logarithm
 
@@ -402,12 +404,32 @@ def _shape(problem: _Problem, now: _Solution):
   # An expression must not turn or shift the head: take that out of its directions, and out of the
   # shape what turns or shifts it against the average face (scale stays where the prior holds it).
   rigid = _rigid_motions(shape)
+  directions = _settle(directions, rigid, now.weights)
   solver = np.linalg.pinv(rigid * np.sqrt(now.weights).repeat(3)[:, None])
   root = np.sqrt(now.weights)[:, None]
-  flat = (directions * root[None]).reshape(len(directions), -1)
-  directions = directions - (flat @ solver.T @ rigid.T).reshape(directions.shape)
   shape = shape - (rigid @ (solver @ ((shape - problem.prior) * root).reshape(-1))).reshape(-1, 3)
   return shape, directions
+
+
+def _settle(
+  directions: Float[np.ndarray, "k p 3"],
+  rigid: Float[np.ndarray, "p*3 6"],
+  weights: Float[np.ndarray, " p"],
+) -> Float[np.ndarray, "k p 3"]:
+  """Directions without what in them turns or shifts the head.
+
+  What that is, those landmarks say that expression moves least: a raised brow takes the forehead
+  along, not the nose. The sum of lengths, not of squares, is made least.
+  """
+  if not len(directions):
+    return directions
+  flat = directions.reshape(len(directions), -1).T  # p*3 k
+  out = flat
+  for _ in range(SETTLE_ROUNDS):
+    length = np.sqrt((out.reshape(len(weights), -1) ** 2).sum(1))
+    share = (weights / (length + STILL_M)).repeat(3)[:, None]
+    out = flat - rigid @ np.linalg.solve(rigid.T @ (share * rigid), rigid.T @ (share * flat))
+  return out.T.reshape(directions.shape)
 
 
 def _reweigh(problem: _Problem, now: _Solution) -> Float[np.ndarray, " p"]:
