@@ -4,11 +4,16 @@ One record a frame: the pictures as they were encoded (or PNG, without loss) and
 Random access reads a frame in one go instead of five files. The records are a cache beside the
 folder, made again when a file of it changes; what is read is equal to `folder.read` bit for bit.
 
-Other programs have them by TFDS's own tools (both commands want TensorFlow, reading with
-`tfds.data_source` does not). A configuration is a way to hear, `mel` if none is named:
+Other programs have them by TFDS's own tools; a configuration is a way to hear:
 
-    tfds build subject --imports uajax.data.subject --manual_dir data/me --data_dir records
-    tfds.load("subject/mel", data_dir="records", split="train")
+    tfds build subject --imports uajax.data.subject --config mel --manual_dir data/me --data_dir DIR
+
+    import uajax.data.subject
+    frames = tfds.load("subject/mel", split="train", data_dir=DIR)   # frames[i], len(frames)
+
+The command `tfds` itself imports more than TFDS installs (`pip install 'uajax[tfds]'`). Reading
+wants no TensorFlow: tf.data cannot read ArrayRecord, so that `tfds.load` gives what
+`tfds.data_source` gives. For a tf.data.Dataset build with `--file_format tfrecord`.
 
 Axes: f frames of a split, h w pixels.
 """
@@ -62,8 +67,20 @@ class Subject(tfds.core.GeneratorBasedBuilder):
 
   builder_config: Config
 
-  def __init__(self, *, file_format: Any = "array_record", **settings):
-    super().__init__(file_format=file_format or "array_record", **settings)
+  def __init__(self, *, file_format: Any = None, **settings):
+    super().__init__(file_format=file_format, **settings)  # pyright: ignore[reportCallIssue]
+    if file_format is None and not self.info.initialized:  # nothing is written yet
+      self.info.set_file_format("array_record", override=True)
+
+  def as_dataset(self, split=None, **settings) -> Any:
+    """A random-access source of ArrayRecord, a tf.data.Dataset of other formats."""
+    if self.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+      return super().as_dataset(split, **settings)  # pyright: ignore[reportCallIssue]
+    asked = [name for name, value in settings.items() if value and name != "decoders"]
+    if asked:
+      raise ValueError(f"records in ArrayRecord are read one by one, without {', '.join(asked)}")
+    source: Any = self.as_data_source  # pyright takes its decorator for a signature
+    return source(split, decoders=settings.get("decoders"))
 
   def _info(self) -> tfds.core.DatasetInfo:
     config = self.builder_config

@@ -108,7 +108,7 @@ def test_a_place_that_takes_no_records(copy):
 
 
 def test_other_programs_have_the_records_by_the_tools_of_tfds(copy, tmp_path):
-  """What `tfds build` does, and `tfds.data_source`, which needs no TensorFlow."""
+  """What `tfds build` does, and `tfds.load`, here without TensorFlow."""
   import tensorflow_datasets as tfds
 
   tiny_model.write(tmp_path / "weights")
@@ -118,7 +118,7 @@ def test_other_programs_have_the_records_by_the_tools_of_tfds(copy, tmp_path):
     builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(manual_dir=copy, try_download_gcs=False)
     )
-    frames = tfds.data_source(f"subject/{config}", data_dir=tmp_path / "records", split="train")
+    frames = tfds.load(f"subject/{config}", data_dir=tmp_path / "records", split="train")
     assert len(frames) == 10 and frames[3]["audio"].shape[:2] == (8, channels)
     truth = folder.Source(copy, "train", audio=config)[3]
     np.testing.assert_array_equal(frames[3]["audio"], truth.controls.audio)
