@@ -49,9 +49,10 @@ class Preprocess:
   av_offset: int | None = None  # frames by which the sound is late (default: estimated)
   focal_px: float | None = None  # focal length of the cut-out picture, if known
   parser: bool = True  # use the 19-class face parser where it is at hand
+  jobs: int | None = None  # processes (default: the cores, as memory allows); all find the same
 
   def run(self) -> int:
-    from uajax.preprocess import pipeline
+    from uajax.preprocess import pipeline, workers
 
     settings = pipeline.Settings(
       size=self.size,
@@ -59,6 +60,7 @@ class Preprocess:
       av_offset=self.av_offset,
       focal_px=self.focal_px,
       parser=self.parser,
+      jobs=workers.usual_jobs() if self.jobs is None else self.jobs,
     )
     pipeline.run(self.video, self.out, settings)
     print(f"subject folder: {self.out}; next: uajax extract {self.out}")

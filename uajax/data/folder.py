@@ -418,6 +418,7 @@ class Writer:
     self._numbers: list[int] = []
     self.finished = False
     self._count: int | None = None  # of frames, where not all have pictures
+    self._source: pathlib.Path | None = None  # of pictures that are adopted
     for name in PICTURES:
       (path / name).mkdir()
 
@@ -473,16 +474,21 @@ class Writer:
     """Takes over what `write_pictures` put into a folder on the same disk, instead of `frame`.
 
     Args:
-      source: the folder; its picture folders are moved away.
+      source: the folder; its picture folders are moved away once all else is written.
       numbers: the frames that are there. Others of 0 .. count-1 are left out of both splits;
         the tables have their rows all the same, and no number changes (method.md Q60).
       count: of all frames.
       size: height and width of the pictures.
     """
-    for name in PICTURES:
-      (self.path / name).rmdir()
-      os.replace(source / name, self.path / name)
+    self._source = source
     self._numbers, self._count, self._size = [int(n) for n in numbers], count, size
+
+  def take_adopted(self) -> None:
+    """Moves the adopted pictures here: the last thing that is done."""
+    if self._source is not None:
+      for name in PICTURES:
+        (self.path / name).rmdir()
+        os.replace(self._source / name, self.path / name)
 
   def finish(
     self,
@@ -584,6 +590,7 @@ def writer(path: str | os.PathLike) -> Iterator[Writer]:
       w.pool.shutdown(wait=True, cancel_futures=True)
     if not w.finished:
       raise RuntimeError("finish() was not called: the folder is not whole")
+    w.take_adopted()
 
 
 def write(path: str | os.PathLike, frames: Iterable[Content], **tables) -> None:

@@ -3,9 +3,9 @@
 MediaPipe's three face networks, run through LiteRT without the MediaPipe package. A detector
 finds faces in the whole frame; the landmark network reads a rotated square around one, and the
 landmarks it finds give the square of the next frame, so that the detector is asked only when the
-face is lost. A second pass reads every frame again through squares smoothed over time, several
-slightly different ones, and averages: the network's answer depends a little on how the square
-lies, and that is most of what would shake the head later.
+face is lost, and now and then. A second pass reads every frame again through squares smoothed
+over time, several slightly different ones, and averages: the network's answer depends a little
+on how the square lies, and that is most of what would shake the head later.
 
 Points lie in continuous pixels (the first pixel's centre is (0.5, 0.5)); their third value is the
 network's relative depth in the same unit, smaller towards the camera.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from uajax.errors import UserError
@@ -28,6 +28,7 @@ LANDMARKS = 478
 DETECTOR_SIDE, LANDMARK_SIDE = 128, 256
 MIN_SCORE = 0.5  # of the detector, and of the landmark network that a face is there
 ROI_SCALE = 1.5  # the square is this much larger than what it is drawn around
+LOOK_EVERY = 25  # frames after which the detector looks for other faces
 
 # Order of the blendshape network's output.
 _SCORES = """
@@ -113,13 +114,12 @@ class Roi(NamedTuple):
   angle: float  # radians, clockwise in the picture
 
 
-class Faces(NamedTuple):
-  """What was read from a clip; rows of missing frames are NaN."""
+class Seen(NamedTuple):
+  """What the first pass saw in a frame."""
 
-  points: Float[np.ndarray, "f p 3"]
-  scores: Float[np.ndarray, "f b"]  # blendshapes, 0..1
-  present: Bool[np.ndarray, " f"]
-  others: Int[np.ndarray, " f"]  # further faces seen when the detector was asked, else 0
+  points: Float[np.ndarray, "p 3"] | None  # of the face that is followed
+  others: int  # further faces, where the detector was asked, else 0
+  segment: int  # grows when the face is lost and found elsewhere, and with every cut
 
 
 class Landmarker:
@@ -142,19 +142,37 @@ class Landmarker:
     self._anchors = _anchors()
 
   def detect(self, image: UInt8[np.ndarray, "h w 3"]) -> list[Detection]:
-    """Faces of the picture, the largest first."""
+    """Faces of the picture, the largest first.
+
+    The detector sees little of a face smaller than a tenth of its view: where the whole picture
+    shows it none, it looks through smaller squares.
+    """
     h, w = image.shape[:2]
-    side = max(h, w)
-    square = crop(image, Roi(w / 2, h / 2, side, 0.0), DETECTOR_SIDE)
+    for side, across, down in ((max(h, w), 1, 1), (min(h, w), 3, 1), (min(h, w) // 2, 5, 3)):
+      xs = np.linspace(side / 2, w - side / 2, across) if across > 1 else [w / 2]
+      ys = np.linspace(side / 2, h - side / 2, down) if down > 1 else [h / 2]
+      found = [d for y in ys for x in xs for d in self._detect(image, Roi(x, y, side, 0.0))]
+      if found:
+        break
+    faces: list[Detection] = []  # squares overlap: a face may have been seen in several
+    for one in sorted(found, key=lambda d: -d.score):
+      if not faces or _overlaps(one.box, np.stack([d.box for d in faces])).max() <= 0.3:
+        faces.append(one)
+    return sorted(faces, key=lambda d: -(d.box[2] - d.box[0]))
+
+  def _detect(self, image: UInt8[np.ndarray, "h w 3"], view: Roi) -> list[Detection]:
+    """Faces in an upright square of the picture."""
+    side, corner = view.side, np.array([view.x, view.y]) - view.side / 2
+    square = crop(image, view, DETECTOR_SIDE)
     boxes, logits = self._detector(square.astype(np.float32) / 127.5 - 1)
     scores = 1 / (1 + np.exp(-np.clip(logits.reshape(-1), -50, 50)))
     keep = scores > MIN_SCORE
     raw = boxes.reshape(-1, 8, 2)[keep] / DETECTOR_SIDE
     scores, anchors = scores[keep], self._anchors[keep]
     centres = raw[:, 0] + anchors
-    points = (raw[:, 2:4] + anchors[:, None]) * side + np.array([w - side, h - side]) / 2
+    points = (raw[:, 2:4] + anchors[:, None]) * side + corner
     boxes = np.concatenate([centres - raw[:, 1] / 2, centres + raw[:, 1] / 2], 1) * side
-    boxes += np.tile(np.array([w - side, h - side]) / 2, 2)
+    boxes += np.tile(corner, 2)
     found = []
     rest = list(np.argsort(-scores))
     while rest:  # overlapping answers are one face: their mean, weighted by score
@@ -169,7 +187,7 @@ class Landmarker:
           np.einsum("i,ijk->jk", weight, points[group]),
         )
       )
-    return sorted(found, key=lambda d: -(d.box[2] - d.box[0]))
+    return found
 
   def read(
     self, image: UInt8[np.ndarray, "h w 3"], roi: Roi
@@ -191,86 +209,96 @@ class Landmarker:
 
 
 def follow(
-  frames: Iterable[UInt8[np.ndarray, "h w 3"]], landmarker: Landmarker
-) -> Iterator[tuple[Float[np.ndarray, "p 3"] | None, int]]:
-  """First pass: yields a frame's landmarks, or None where no face is, and how many other faces.
+  frames: Iterable[tuple[UInt8[np.ndarray, "h w 3"], bool]], landmarker: Landmarker
+) -> Iterator[Seen]:
+  """First pass over frames, each with whether a new shot begins with it.
 
-  Follows one face: where the detector finds several, the one nearest to the last known place,
-  at first the largest. The detector looks in at least once a second for others.
+  Follows one face: at first the largest; where it is lost, the one nearest to its last place.
+  Nothing is carried over a cut. The detector looks in once a second: for others, and whether the
+  face that was in the shot longest is back where it was.
   """
-  last: Roi | None = None
-  lost = True
-  for index, image in enumerate(frames):
+  place: Roi | None = None  # of the face, where it is or was last
+  here = False
+  segment = -1
+  lasted: dict[int, tuple[int, Roi]] = {}  # of the shot: frames and last place of each segment
+  for index, (image, cut) in enumerate(frames):
+    if cut:
+      place, here, lasted = None, False, {}
     others, points, presence = 0, None, 0.0
-    if not lost and last is not None:
-      points, presence = landmarker.read(image, last)
-    if presence < MIN_SCORE or index % 25 == 0:
+    if here and place is not None:
+      points, presence = landmarker.read(image, place)
+    missed = presence < MIN_SCORE
+    if missed or index % LOOK_EVERY == 0:
       found = landmarker.detect(image)
       others = max(len(found) - 1, 0)
-      if presence < MIN_SCORE:
-        points = None
-        if found:
-          best = min(found, key=lambda d: 0 if last is None else _distance(d, last))
-          points, presence = landmarker.read(image, roi_of_detection(best))
-          if presence >= MIN_SCORE:  # once more through a square drawn around the landmarks
-            points, presence = landmarker.read(image, roi_of_points(points))
-    if points is None or presence < MIN_SCORE:
-      lost = True
-      yield None, others
-    else:
-      last, lost = roi_of_points(points), False
-      yield points, others
+      best = None
+      if missed and found:
+        near = place or roi_of_detection(found[0])
+        best = min(found, key=lambda d: _distance(d, near))
+      elif lasted:
+        main = max(lasted, key=lambda k: lasted[k][0])
+        back = [d for d in found if _is_at(d, lasted[main][1])]
+        best = back[0] if back and main != segment else None
+      if best is not None:
+        points, presence = landmarker.read(image, roi_of_detection(best))
+        if presence >= MIN_SCORE:  # once more through a square drawn around the landmarks
+          points, presence = landmarker.read(image, roi_of_points(points))
+        same = [k for k, (_, roi) in lasted.items() if _is_at(best, roi)]
+        if presence >= MIN_SCORE:
+          segment = max(same, key=lambda k: lasted[k][0]) if same else segment + 1
+          segment = max(segment, 0)
+    here = points is not None and presence >= MIN_SCORE
+    if points is not None and here:
+      place = roi_of_points(points)
+      lasted[segment] = (lasted.get(segment, (0, place))[0] + 1, place)
+    yield Seen(points if here else None, others, max(segment, 0))
 
 
-def refine(
-  frames: Iterable[UInt8[np.ndarray, "h w 3"]],
-  landmarker: Landmarker,
-  first: list[Float[np.ndarray, "p 3"] | None],
-  looks: int = 6,
-) -> Iterator[tuple[Float[np.ndarray, "p 3"], Float[np.ndarray, " b"]] | None]:
-  """Second pass: yields landmarks averaged over `looks` steadied squares, and the scores."""
-  rois = smooth_rois(first)
+def steady(
+  image: UInt8[np.ndarray, "h w 3"], roi: Roi, landmarker: Landmarker, looks: int = 6
+) -> tuple[Float[np.ndarray, "p 3"], Float[np.ndarray, " b"]]:
+  """Second pass: landmarks averaged over `looks` squares around `roi`, and the scores."""
   # Squares that differ in place, size and turn, spread evenly and alike in every frame: what they
   # add is a constant that the fit absorbs, and the network's scatter averages out.
-  phase = 2 * np.pi * np.arange(looks) / max(looks, 1)
-  moved = 0.02 * np.stack([np.cos(phase), np.sin(phase)], 1)
-  scaled = 1 + 0.04 * np.cos(2 * phase + 0.5)
-  turned = 0.05 * np.sin(2 * phase + 0.5)
-  for image, roi in zip(frames, rois, strict=True):
-    if roi is None:
-      yield None
-      continue
-    reads = []
-    for (dx, dy), scale, turn in zip(moved, scaled, turned, strict=True):
-      look = Roi(
-        roi.x + dx * roi.side, roi.y + dy * roi.side, roi.side * scale, roi.angle + turn
-      )
-      reads.append(landmarker.read(image, look)[0])
-    points = np.mean(reads, axis=0)
-    yield points, landmarker.score(points)
+  reads = []
+  for phase in 2 * np.pi * np.arange(looks) / looks:
+    look = Roi(
+      roi.x + 0.02 * np.cos(phase) * roi.side,
+      roi.y + 0.02 * np.sin(phase) * roi.side,
+      roi.side * (1 + 0.04 * np.cos(2 * phase + 0.5)),
+      roi.angle + 0.05 * np.sin(2 * phase + 0.5),
+    )
+    reads.append(landmarker.read(image, look)[0])
+  points = np.mean(reads, axis=0)
+  return points, landmarker.score(points)
 
 
-def smooth_rois(points: list[Float[np.ndarray, "p 3"] | None]) -> list[Roi | None]:
-  """Squares around landmarks, smoothed over runs of frames that have them (about +-0.2 s)."""
-  raw = [None if p is None else np.array(roi_of_points(p)) for p in points]
-  out: list[Roi | None] = [None] * len(raw)
+def smooth_rois(
+  points: Float[np.ndarray, "f p 3"], runs: Iterable[tuple[int, int]]
+) -> dict[int, Roi]:
+  """Squares around landmarks by frame, smoothed (about +-0.2 s) over runs [begin, end)."""
+  out: dict[int, Roi] = {}
   kernel = np.exp(-0.5 * (np.arange(-5, 6) / 2.0) ** 2)
-  begin = 0
-  while begin < len(raw):
-    if raw[begin] is None:
-      begin += 1
-      continue
-    end = begin
-    while end < len(raw) and raw[end] is not None:
-      end += 1
-    run = np.stack([r for r in raw[begin:end] if r is not None])
+  for begin, end in runs:
+    run = np.array([roi_of_points(points[f]) for f in range(begin, end)])
     run[:, 3] = np.unwrap(run[:, 3])
     padded = np.pad(run, ((5, 5), (0, 0)), mode="edge")
     for i in range(end - begin):
       mean = kernel @ padded[i : i + 11] / kernel.sum()
       out[begin + i] = Roi(*(float(x) for x in mean))
-    begin = end
   return out
+
+
+def rough_yaw(
+  points: Float[np.ndarray, "f p 3"], mesh: Mesh
+) -> Float[np.ndarray, " f"]:
+  """How far each face is turned sideways, degrees: the average face laid upon the landmarks."""
+  base = mesh.vertices - mesh.vertices.mean(0)
+  seen = points[:, :468] * np.array([1.0, -1.0, -1.0])  # the mesh's axes: y up, z to the viewer
+  seen = seen - seen.mean(1, keepdims=True)
+  u, _, vt = np.linalg.svd(np.einsum("fpa,pb->fab", seen, base))
+  turn = u @ (vt * np.sign(np.linalg.det(u @ vt))[:, None, None] ** np.array([0, 0, 1])[:, None])
+  return np.degrees(np.arctan2(turn[:, 0, 2], turn[:, 2, 2]))
 
 
 def roi_of_points(points: Float[np.ndarray, "p 3"]) -> Roi:
@@ -294,13 +322,19 @@ def roi_of_detection(found: Detection) -> Roi:
 
 def crop(image: UInt8[np.ndarray, "h w 3"], roi: Roi, size: int) -> UInt8[np.ndarray, "s s 3"]:
   """The picture seen through a rotated square, resampled to size x size; black outside."""
+  h, w = image.shape[:2]
   c, s = np.cos(roi.angle), np.sin(roi.angle)
-  source = Image.fromarray(image)
   factor = max(int(roi.side / size), 1)  # shrink first, lest pixels be skipped
+  reach = roi.side / 2 * (abs(c) + abs(s)) + 2 * factor
+  left, right = _clip_to(roi.x - reach, roi.x + reach, factor, w)
+  top, bottom = _clip_to(roi.y - reach, roi.y + reach, factor, h)
+  if right <= left or bottom <= top:
+    return np.zeros((size, size, 3), np.uint8)
+  source = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))
   if factor > 1:
     source = source.reduce(factor)
   step = roi.side / size / factor
-  x, y = roi.x / factor, roi.y / factor
+  x, y = (roi.x - left) / factor, (roi.y - top) / factor
   half = roi.side / 2 / factor
   data = (
     step * c, -step * s, x - half * c + half * s,
@@ -309,6 +343,12 @@ def crop(image: UInt8[np.ndarray, "h w 3"], roi: Roi, size: int) -> UInt8[np.nda
   return np.asarray(
     source.transform((size, size), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
   )
+
+
+def _clip_to(low: float, high: float, factor: int, length: int) -> tuple[int, int]:
+  """The range in whole multiples of `factor`, within the picture."""
+  begin, end = int(np.floor(low / factor)) * factor, int(np.ceil(high / factor)) * factor
+  return min(max(begin, 0), length), min(max(end, 0), length)
 
 
 def to_ibug(points: Float[np.ndarray, "... p d"]) -> Float[np.ndarray, "... 68 d"]:
@@ -385,6 +425,12 @@ def _overlaps(box: Float[np.ndarray, "4"], boxes: Float[np.ndarray, "n 4"]) -> n
 def _distance(found: Detection, roi: Roi) -> float:
   x, y = (found.box[:2] + found.box[2:]) / 2
   return float(np.hypot(x - roi.x, y - roi.y))
+
+
+def _is_at(found: Detection, roi: Roi) -> bool:
+  """Whether a face is where another was: nearer than most of its own size, and as large."""
+  side = roi_of_detection(found).side
+  return _distance(found, roi) < 0.5 * roi.side and 0.6 < side / roi.side < 1.7
 
 
 def load_network(model: Path, threads: int = 2) -> "Network":

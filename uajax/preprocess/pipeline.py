@@ -2,15 +2,18 @@
 
 The steps, each of which reads the video anew (decoding is cheap, keeping frames is not):
 
-  1 look       find the face, choose the square that is cut out, check picture and sound
-  2 landmarks  478 points and 52 blendshape scores a frame
-  3 track      camera, head pose, face
-  4 layers     what each pixel is
-  5 write      background plate, torso, tables, report.json, contact_sheet.png
+  look       follow the face, find shots and spans that cannot be used, choose the square to cut out
+  landmarks  478 points and 52 blendshape scores a frame
+  track      camera, head pose, face
+  layers     what each pixel is, and the empty background
+  pictures   the files of every frame
+  tables     sound, poses, action units, report.json, report.html, contact_sheet.png
 
-What a step found lies in OUT.work until the folder is whole, under the fingerprint of the video
-and the settings: an interrupted run takes up where it stood. OUT appears at the end, or not at
-all. Frames without a face are left out by number; nothing is shifted (method.md Q60).
+Each step has a key: the digest of the video, the settings, the models and the code that it hangs
+on. What a step found lies in OUT.work until the folder is whole, so that an interrupted run takes
+up where it stood; what later runs need then lies in OUT/steps, so that a run with other settings
+redoes only what hangs on those. OUT appears, or is replaced, at the end or not at all. Frames that
+cannot be used are left out by number; nothing is shifted (method.md Q60).
 
 Axes: f frames, p landmarks, h w pixels.
 """
@@ -20,35 +23,39 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageDraw
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 
-from uajax import contact, media, saving
+from uajax import media, pretrained, saving
 from uajax.data import folder
 from uajax.errors import UserError
-from uajax.preprocess import action_units, landmarks, masks, track, weights
+from uajax.preprocess import action_units, landmarks, masks, report, spans, track, weights, workers
 from uajax.progress import Progress
-from uajax.types import BACKGROUND, FACE, FPS, HAIR, MOUTH, NECK, SAMPLE_RATE_HZ, TORSO
+from uajax.types import FPS, SAMPLE_RATE_HZ
 
-VERSION = 1  # of what lies in OUT.work
 MIN_FRAMES = 2 * FPS
+LONGEST_S = 1200.0  # of a video, unless the user asks for more: 20 minutes fit into 2 GB
 LARGEST_PX = 512  # of the side, unless the user asks for another
 BUNDLE = "face_landmarker.task"
 PERSON = "selfie_segmentation.tflite"
 HAIR_MATTE = "hair_segmentation.tflite"
 PARSER = "bisenetv2_celebamaskhq_448x448_integer_quant.tflite"
-SHEET_PX = 448  # height of the contact sheet's cells
-NAMES = {FACE: "face", HAIR: "hair", MOUTH: "mouth", NECK: "neck", TORSO: "torso"}
-_COLOURS = [[40, 40, 40], [255, 160, 120], [120, 60, 0], [255, 0, 80], [240, 240, 0], [0, 160, 255]]
-PALETTE = np.array(_COLOURS, np.uint8)  # of the overlays
+PLATE_BYTES = 100_000_000  # of pictures that the background is gathered from, 64 at most
+FACE_SHARE = 0.86  # side of the face detector's box, in sides of the landmarks'
+STEPS = ("look", "landmarks", "track", "layers", "pictures", "tables")
+KEPT = ("look", "landmarks", "track")  # in OUT/steps
+# What `uajax extract` adds to a subject: made from it, and stale when it changes.
+_FEATURES = ("train_", "val_", "mser_emotion_", "extractors", "points3d.ply", "aud_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +68,48 @@ class Settings:
   focal_px: float | None = None  # of the cut-out picture, if known
   parser: bool = True  # the 19-class parser where it is at hand; else mattes and landmarks
   looks: int = 6  # how often each frame's landmarks are read; more is steadier and slower
+  jobs: int = 1  # processes; what is found does not depend on it
 
 
 class Plan(NamedTuple):
-  """What is cut out of the video."""
+  """What the first step found."""
 
-  frames: int
-  box: tuple[int, int, int]  # left, top, side, in the video's pixels
+  box: tuple[int, int, int]  # what is cut out: left, top, side, in the video's pixels
   size: int  # side of the pictures
+  points: Float[np.ndarray, "f p 3"]  # in the pictures' pixels; NaN where no face is
+  why: Int[np.ndarray, " f"]  # each frame is left out, spans.REASONS
+  begins: list[int]  # first frames of shots
+  others: Int[np.ndarray, " f"]  # further faces seen
+  yaw_deg: Float[np.ndarray, " f"]
+
+  @property
+  def frames(self) -> int:
+    return len(self.why)
+
+  @property
+  def used(self) -> Bool[np.ndarray, " f"]:
+    return self.why == spans.USED
+
+  @property
+  def runs(self) -> list[tuple[int, int]]:
+    """Used frames without a cut between them, [begin, end)."""
+    return spans.runs(self.used, self.begins)
 
 
 class Read(NamedTuple):
-  """The landmarks step's findings; rows of missing frames hold their neighbours' points."""
+  """The landmarks step's findings; rows of frames left out hold their neighbours'."""
 
   points: Float[np.ndarray, "f p 3"]
   scores: Float[np.ndarray, "f 52"]
-  present: Bool[np.ndarray, " f"]
-  others: int  # most further faces seen at once
+
+
+class Models(NamedTuple):
+  """Files of the networks."""
+
+  bundle: pathlib.Path
+  person: pathlib.Path
+  hair: pathlib.Path | None
+  parser: pathlib.Path | None
 
 
 def run(
@@ -85,100 +117,87 @@ def run(
 ) -> dict[str, Any]:
   """Makes the subject folder `out` of `video`; returns what report.json says.
 
+  A folder that an earlier run made of it under the same settings is left as it is; under others
+  it is replaced by one in which only what hangs on them was done anew.
+
   Raises:
-    UserError: no video, no sound, no face, too short, out taken, disk full. Nothing is left in
-      `out`; OUT.work stays only where a further run can use it.
+    UserError: no video, no sound, no face, too short, out taken, disk full. `out` is then as it
+      was; OUT.work stays only where a further run can use it.
   """
   settings = settings or Settings()
   video, out = pathlib.Path(video), pathlib.Path(out)
   _check_settings(settings)
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"{out} already holds something: remove it or choose another place")
   info = media.probe(video)
   if info.duration_s and info.duration_s < MIN_FRAMES / FPS:
     raise _too_short(video, info.duration_s)
   if not info.has_audio:
     raise UserError(f"{video} holds no sound: give a video in which the person is heard speaking")
-  speech = media.read_audio(video)
-  media.check_speech(speech, video)
-
   parser = _find_parser(settings)
-  bundle, person = weights.find(BUNDLE), weights.find(PERSON)
   hair = None if parser else weights.find(HAIR_MATTE)
+  models = Models(weights.find(BUNDLE), weights.find(PERSON), hair, parser)
+
+  keys = _keys(video, settings, models)
   work = out.with_name(out.name + ".work")
-  _open_work(work, video, settings)
-  began = time.monotonic()
-  took: dict[str, float] = {}
-
-  @contextlib.contextmanager
-  def timed(name: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    took[name] = round(time.monotonic() - start, 1)
-
+  _take_up_swap(out, work, keys)
+  before = _record(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if before is None:
+      raise UserError(f"{out} already holds something: remove it or choose another place")
+    if before["keys"] == keys:
+      _say(f"{out} was made of this video with these settings: nothing to do")
+      return json.loads((out / "report.json").read_text())
+    _require_untouched(out, before)
+    redo = [name for name in STEPS if before["keys"].get(name) != keys[name]]
+    _say(f"{out} is there already; to do again: {', '.join(redo)}")
+  speech = media.read_audio(video, limit_s=(settings.limit_s or LONGEST_S) + 1)
+  media.check_speech(speech, video)
+  work = _open_work(work, out, keys, before)
+  steps = _Steps(work, video, settings, models, keys)
   try:
-    landmarker = landmarks.Landmarker(bundle)
-    segmenter = masks.Segmenter(person, hair, parser)
-    with timed("look"):
-      plan = _look(work, video, settings, info, landmarker)
-    with timed("landmarks"):
-      read = _read(work, video, plan, settings, landmarker)
+    landmarker = landmarks.Landmarker(models.bundle, threads=1)
+    with steps.timed("look"):
+      plan = _look(steps, info, landmarker)
   except UserError:
     shutil.rmtree(work, ignore_errors=True)  # of no use to a further run
     raise
-  with timed("track"):
-    tracked = _track(work, plan, read, settings, landmarker.mesh)
-  with timed("layers"):
-    _layers(work, video, plan, read, segmenter, parser is not None)
+  with workers.pool(settings.jobs) as each:
+    with steps.timed("landmarks"):
+      read = _read(steps, plan, each)
+    with steps.timed("track"):
+      tracked = _track(steps, plan, read, landmarker.mesh)
+    made = before is not None and before["keys"].get("pictures") == keys["pictures"]
+    if made:
+      with steps.timed("pictures"):
+        _link_pictures(out, work)
+    else:
+      with steps.timed("layers"):
+        _layers(steps, plan, read, each)
+      with steps.timed("pictures"):
+        _pictures(steps, plan, read, each)
+  with steps.timed("tables"):
+    _write(steps, out, info, plan, read, tracked, speech)
+  found = json.loads((work / "subject" / "report.json").read_text())
+  _swap(out, work)
+  return found
 
-  speech = np.pad(speech, (0, max(plan.frames * SAMPLE_RATE_HZ // FPS - len(speech), 0)))
-  speech = speech[: plan.frames * SAMPLE_RATE_HZ // FPS]
-  head = track.unproject(read.points[:, :, :2], tracked, plan.size, plan.size)
-  measures = action_units.measure(head)
-  offset = action_units.find_offset(measures, speech, read.present)
-  move = settings.av_offset
-  if move is None:
-    move = round(offset.frames) if offset.clear and abs(offset.frames) >= 0.75 else 0
-  speech = action_units.shift_sound(speech, move)
-  units = action_units.estimate(read.scores, measures, read.present)
-  expression = action_units.express(read.scores, head, measures, read.present)
 
-  report: dict[str, Any] = {
-    "video": {"name": video.name, "width": info.width, "height": info.height,
-              "fps": round(info.fps, 3), "duration_s": round(info.duration_s, 3)},
-    "settings": dataclasses.asdict(settings),
-    "size_px": plan.size,
-    "cut_out": dict(zip(("left", "top", "side"), plan.box, strict=True)),
-    "frames": {"all": plan.frames, "used": int(read.present.sum()),
-               "left_out": _spans(~read.present)},
-    "other_faces": read.others,
-    "masks_by": "19-class parser" if parser else "person and hair mattes, landmarks",
-    "camera": _describe_track(tracked, read.present),
-    "sound": {"late_by_frames": round(offset.frames, 2), "clear": offset.clear,
-              "correlation": round(offset.correlation, 3), "moved_earlier_by_frames": move},
-    "face": {
-      "mouth_gap_mm": _quantiles(measures.gap[read.present] * 1e3),
-      "blinks": _count_blinks(units["AU45"]),
-      "action_units_95th": {n: round(float(np.percentile(u, 95)), 2) for n, u in units.items()},
-    },
-  }  # fmt: skip
-  with timed("write"):
-    _write(work, video, out, plan, read, tracked, measures, report, took, began, dict(
-      speech=speech, action_units=units, expression=expression,
-    ))  # fmt: skip
-  shutil.rmtree(work, ignore_errors=True)
-  return report
+def _say(line: str) -> None:
+  sys.stderr.write(line + "\n")
 
 
 def _check_settings(settings: Settings) -> None:
   if settings.size is not None and not 64 <= settings.size <= 2048:
     raise UserError(f"--size {settings.size} is out of reach: choose 64 to 2048 pixels")
-  if settings.limit_s is not None and settings.limit_s * FPS < MIN_FRAMES:
+  if settings.limit_s is not None and not settings.limit_s * FPS >= MIN_FRAMES:
     raise UserError(f"--limit-s {settings.limit_s} is too short: give at least 2 seconds")
   if settings.av_offset is not None and abs(settings.av_offset) > FPS:
     raise UserError(f"--av-offset {settings.av_offset} is out of reach: give -25 to 25 frames")
+  if settings.focal_px is not None and not 0 < settings.focal_px < math.inf:
+    raise UserError(f"--focal-px {settings.focal_px} is no focal length: give pixels, above 0")
   if settings.looks < 1:
     raise UserError(f"--looks {settings.looks} reads nothing: give at least 1")
+  if not 1 <= settings.jobs <= 256:
+    raise UserError(f"--jobs {settings.jobs} is out of reach: give 1 to 256 processes")
 
 
 def _too_short(video: pathlib.Path, seconds: float) -> UserError:
@@ -187,57 +206,161 @@ def _too_short(video: pathlib.Path, seconds: float) -> UserError:
   )
 
 
-# The work folder
+def _find_parser(settings: Settings) -> pathlib.Path | None:
+  """The parser's file, if it is wanted and can be had; the report says where it lacked."""
+  if settings.parser:
+    with contextlib.suppress(UserError):
+      return weights.find(PARSER)
+  return None
 
 
-def _open_work(work: pathlib.Path, video: pathlib.Path, settings: Settings) -> None:
-  """Empties the folder unless it belongs to this video under these settings."""
-  mark = hashlib.sha256(json.dumps([VERSION, dataclasses.asdict(settings)]).encode())
+# Keys, and folders between runs
+
+
+def _keys(video: pathlib.Path, settings: Settings, models: Models) -> dict[str, str]:
+  """The key of each step: digests of all that its findings hang on."""
+  mark = hashlib.sha256()
   with open(video, "rb") as file:
     size = os.fstat(file.fileno()).st_size
     for at in (0, max(size // 2, 0), max(size - 2**20, 0)):
       file.seek(at)
       mark.update(file.read(2**20))
-  mark.update(str(size).encode())
-  key = work / "fingerprint"
-  with contextlib.suppress(OSError):
-    if key.read_text() == mark.hexdigest():
-      return
+  s, own = settings, {name: path and pretrained.digest(path) for name, path in
+                      models._asdict().items()}  # fmt: skip
+
+  def key(*parts) -> str:
+    code = [pretrained.digest(pathlib.Path(p.__file__)) if hasattr(p, "__file__") else p
+            for p in parts]  # fmt: skip
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
+
+  keys = {"look": key(mark.hexdigest(), size, s.limit_s, own["bundle"], media, landmarks, spans)}
+  keys["landmarks"] = key(keys["look"], s.size, s.looks)
+  keys["track"] = key(keys["landmarks"], s.focal_px, track)
+  keys["layers"] = key(keys["landmarks"], own["person"], own["hair"], own["parser"], masks, workers)
+  keys["pictures"] = key(keys["layers"])
+  keys["tables"] = key(
+    keys["track"], keys["pictures"], s.av_offset, video.name, action_units, report
+  )
+  return keys
+
+
+def _record(out: pathlib.Path) -> dict[str, Any] | None:
+  """What an earlier run noted in the subject folder it made; None where none did."""
   try:
-    if work.exists():
-      if not key.is_file() and any(work.iterdir()):
-        raise UserError(f"{work} is in the way: remove it or choose another place for the subject")
-      shutil.rmtree(work)
-    work.mkdir(parents=True)
+    found = json.loads((out / "steps" / "record.json").read_text())
+    if isinstance(found["keys"], dict) and isinstance(found["files"], dict):
+      return found
+  except (OSError, ValueError, KeyError, TypeError):
+    pass
+  return None
+
+
+def _require_untouched(out: pathlib.Path, record: dict[str, Any]) -> None:
+  """Refuses to replace a subject folder into which somebody has put something."""
+  known = {*folder.PICTURES, "steps", *record["files"]}
+  for path in sorted(out.iterdir()):
+    changed = path.is_file() and path.name in record["files"] and (
+      pretrained.digest(path) != record["files"][path.name]
+    )  # fmt: skip
+    if changed or (path.name not in known and not path.name.startswith(_FEATURES)):
+      what = "was changed since" if changed else "is not of its making"
+      raise UserError(
+        f"{out} would be made anew with other settings, but {path.name} in it {what}: move it away"
+        " or choose another place"
+      )
+
+
+def _take_up_swap(out: pathlib.Path, work: pathlib.Path, keys: dict[str, str]) -> None:
+  """Ends an exchange of folders that was interrupted."""
+  if not out.exists() and (work / "replaced").is_dir():
+    os.replace(work / "replaced", out)
+  made, there = _record(work / "subject"), _record(out)
+  free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+  if made is not None and made["keys"] == keys and (free or there is not None):
+    if there is not None:
+      _require_untouched(out, there)
+    _swap(out, work)
+
+
+def _swap(out: pathlib.Path, work: pathlib.Path) -> None:
+  """Puts the finished folder into its place, and the work folder away."""
+  if out.exists() and any(out.iterdir()):
+    shutil.rmtree(work / "replaced", ignore_errors=True)
+    os.replace(out, work / "replaced")
+  os.replace(work / "subject", out)
+  shutil.rmtree(work, ignore_errors=True)
+
+
+def _open_work(
+  work: pathlib.Path, out: pathlib.Path, keys: dict[str, str], before: dict[str, Any] | None
+) -> pathlib.Path:
+  """The work folder with what of earlier runs can be used."""
+  mark = work / "made_by_uajax_preprocess"
+  try:
+    if work.exists() and not mark.is_file() and any(work.iterdir()):
+      raise UserError(f"{work} is in the way: remove it or choose another place for the subject")
+    work.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    if (work / "subject").exists():  # it took the pictures, and is of no use
+      shutil.rmtree(work / "subject")
+      shutil.rmtree(work / "pictures", ignore_errors=True)
+    shutil.rmtree(work / "replaced", ignore_errors=True)
+    for name in STEPS:
+      into = work / name
+      key = into / "key"
+      if into.exists() and not (key.is_file() and key.read_text() == keys[name]):
+        shutil.rmtree(into)
+      if not into.exists():
+        into.mkdir()
+        if name in KEPT and before is not None and before["keys"].get(name) == keys[name]:
+          with contextlib.suppress(OSError):  # then it is made anew
+            shutil.copyfile(out / "steps" / f"{name}.npz", into / "found.npz")
+        with saving.aside(key) as partial:
+          partial.write_text(keys[name])
   except OSError as error:
     raise UserError(
       f"{work} cannot be written ({error.strerror}): choose another place"
     ) from error
-  with saving.aside(key) as partial:
-    partial.write_text(mark.hexdigest())
+  return work
 
 
-def _save(path: pathlib.Path, **arrays) -> None:
-  with saving.aside(path) as partial:
-    np.savez(partial, **arrays)
+@dataclasses.dataclass
+class _Steps:
+  """What every step needs to know."""
 
+  work: pathlib.Path
+  video: pathlib.Path
+  settings: Settings
+  models: Models
+  keys: dict[str, str]
+  took: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
 
-def _load(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """What `_save` wrote; None where there is none, or it is damaged."""
-  try:
-    with np.load(path, allow_pickle=False) as data:
-      return dict(data)
-  except (OSError, ValueError, EOFError, KeyError):
-    return None
+  def found(self, name: str) -> dict[str, np.ndarray] | None:
+    return workers.load(self.work / name / "found.npz")
+
+  def keep(self, name: str, **arrays) -> dict[str, np.ndarray]:
+    workers.save(self.work / name / "found.npz", **arrays)
+    return {key: np.asarray(value) for key, value in arrays.items()}
+
+  @contextlib.contextmanager
+  def timed(self, name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    self.took[name] = round(time.monotonic() - start, 1)
 
 
 # Steps
 
 
-def _pictures(video: pathlib.Path, plan: Plan) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-  """The frames, cut out and scaled."""
+def _cut_out(
+  video: pathlib.Path, plan: Plan, wanted: Bool[np.ndarray, " f"]
+) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+  """Numbers and pictures of the wanted frames, cut out and scaled."""
   left, top, side = plan.box
-  for image in itertools.islice(media.read_frames(video), plan.frames):
+  end = int(np.flatnonzero(wanted)[-1]) + 1 if wanted.any() else 0
+  for f, image in enumerate(itertools.islice(media.read_frames(video), end)):
+    if not wanted[f]:
+      continue
     image = image[top : top + side, left : left + side]
     if side != plan.size:
       resample = Image.Resampling.LANCZOS if side > plan.size else Image.Resampling.BICUBIC
@@ -245,38 +368,72 @@ def _pictures(video: pathlib.Path, plan: Plan) -> Iterator[UInt8[np.ndarray, "h 
         (plan.size, plan.size), resample
       )
       image = np.asarray(scaled)
-    yield np.ascontiguousarray(image)
+    yield f, np.ascontiguousarray(image)
 
 
-def _look(work, video, settings, info, landmarker) -> Plan:
-  """Counts the frames and chooses the square."""
-  file = work / "plan.json"
-  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-    saved = json.loads(file.read_text())
-    return Plan(saved["frames"], tuple(saved["box"]), saved["size"])
-  limit = round(settings.limit_s * FPS) if settings.limit_s else None
-  stated = round(info.duration_s * FPS)
-  progress = Progress("look for the face", min(stated, limit) if limit else stated)
-  count, boxes = 0, []
-  for image in itertools.islice(media.read_frames(video), limit):
-    if count % 10 == 0:
-      found = landmarker.detect(image)
-      boxes += [d.box for d in found[:1]]
-    count += 1
-    progress.advance()
-  progress.close(f"{len(boxes)} of {-(-count // 10)} looks found one")
-  if count < MIN_FRAMES:
-    raise _too_short(video, count / FPS)
-  if not boxes:
-    raise UserError(
-      f"no face was found in {video}: give a video of one person whose face is seen from the front"
-    )
-  box = choose_square(np.stack(boxes), info.width, info.height)
-  size = settings.size or min(box[2], LARGEST_PX)
-  plan = Plan(count, box, size - size % 2)
-  with saving.aside(file) as partial:
-    partial.write_text(json.dumps(plan._asdict()))
-  return plan
+def _look(steps: _Steps, info: media.VideoInfo, landmarker: landmarks.Landmarker) -> Plan:
+  """Follows the face through the clip, judges its frames, and chooses the square."""
+  found = steps.found("look")
+  if found is None:
+    settings, video = steps.settings, steps.video
+    limit = math.floor((settings.limit_s or LONGEST_S) * FPS)
+    progress = Progress("look for the face", min(round(info.duration_s * FPS), limit))
+    shots = spans.Shots()
+    points, others, segments = [], [], []
+    nowhere = np.full((landmarks.LANDMARKS, 3), np.nan, np.float32)
+    frames = itertools.islice(media.read_frames(video), limit)
+    watched = ((image, shots.watch(image)) for image in frames)
+    for seen in landmarks.follow(watched, landmarker):
+      points.append(nowhere if seen.points is None else seen.points.astype(np.float32))
+      others.append(seen.others)
+      segments.append(seen.segment)
+      progress.advance()
+    number = sum(p is not nowhere for p in points)
+    progress.close(f"seen in {number} frames, {len(shots.begins) - 1} cuts")
+    if len(points) < MIN_FRAMES:
+      raise _too_short(video, len(points) / FPS)
+    if number < MIN_FRAMES:
+      seen_in = f"in only {number} of {len(points)} frames" if number else "nowhere"
+      raise UserError(
+        f"no face was found in {video}, or too seldom ({seen_in}): give a video of one person whose"
+        " face is seen from the front for at least 2 s"
+      )
+    table = np.stack(points)
+    boxes = np.concatenate([table[:, :468, :2].min(1), table[:, :468, :2].max(1)], 1)
+    there = np.isfinite(boxes).all(1)
+    yaw = np.zeros(len(table))
+    yaw[there] = landmarks.rough_yaw(table[there], landmarker.mesh)
+    scale = np.tile([info.width, info.height], 2)
+    why = spans.judge(shots.begins, shots.thumbs(), boxes / scale, np.array(segments), yaw)
+    if (why == spans.USED).sum() < MIN_FRAMES:
+      counts = [f"{int((why == k).sum())} {spans.REASONS[k]}" for k in np.unique(why) if k]
+      raise UserError(
+        f"only {int((why == spans.USED).sum())} of {len(why)} frames of {video} can be used (left"
+        f" out: {', '.join(counts)}): give a video of one person seen from the front for at least"
+        " 2 s"
+      )
+    box = choose_square(_shrink(boxes[why == spans.USED]), info.width, info.height)
+    found = steps.keep(
+      "look", points=table, why=why, begins=np.array(shots.begins), others=np.array(others),
+      yaw=yaw, box=np.array(box),
+    )  # fmt: skip
+  box = found["box"].tolist()
+  size = steps.settings.size or min(box[2], LARGEST_PX)
+  size -= size % 2
+  points = found["points"]
+  points[:, :, :2] -= np.array(box[:2], np.float32)
+  points *= np.float32(size / box[2])
+  return Plan(
+    (box[0], box[1], box[2]), size, points, found["why"], found["begins"].tolist(),
+    found["others"], found["yaw"],
+  )  # fmt: skip
+
+
+def _shrink(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
+  """Boxes around landmarks to those that the face detector draws."""
+  middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+  half = FACE_SHARE * (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True) / 2
+  return np.concatenate([middle - half, middle + half], 1)
 
 
 def choose_square(
@@ -300,338 +457,184 @@ def choose_square(
   return left, top, side
 
 
-def _read(work, video, plan: Plan, settings: Settings, landmarker) -> Read:
-  data = _load(work / "landmarks.npz")
-  if data is None:
-    first = _load(work / "first.npz")
-    if first is None:
-      points, others = np.full((plan.frames, landmarks.LANDMARKS, 3), np.nan), 0
-      progress = Progress("landmarks", plan.frames)
-      for f, (found, more) in enumerate(landmarks.follow(_pictures(video, plan), landmarker)):
-        if found is not None:
-          points[f] = found
-        others = max(others, more)
-        progress.advance()
-      progress.close()
-      first = {"points": points, "others": np.array(others)}
-      _save(work / "first.npz", **first)
-    present = np.isfinite(first["points"]).all(axis=(1, 2)).reshape(plan.frames)
-    if present.sum() < MIN_FRAMES:
-      raise UserError(
-        f"a face was found in only {int(present.sum())} of {plan.frames} frames of {video}: give a"
-        " video of one person whose face is seen from the front for at least 2 s"
-      )
-    points, scores = first["points"].copy(), np.zeros((plan.frames, len(landmarks.BLENDSHAPES)))
-    progress = Progress("landmarks, steadied", plan.frames)
-    known = [points[f] if present[f] else None for f in range(plan.frames)]
-    steady = landmarks.refine(_pictures(video, plan), landmarker, known, settings.looks)
-    for f, found in enumerate(steady):
-      if found is not None:
-        points[f], scores[f] = found
-      progress.advance()
-    progress.close()
-    data = {"points": points, "scores": scores, "present": present, "others": first["others"]}
-    _save(work / "landmarks.npz", **data)
-  # Missing frames take the points of their neighbours: only poses and tables read them.
-  present = data["present"]
-  near = np.flatnonzero(present)
+def _each(steps: _Steps, plan: Plan, name: str, label: str, pieces, function, arguments, each):
+  """Runs `function` over the pieces whose results lack, with the pictures of each."""
+  into = steps.work / name
+  todo = [piece for piece in pieces if workers.load(workers.result(into, piece)) is None]
+  if not todo:
+    return
+  left = sum(piece.end - piece.begin for piece in todo)
+  progress = Progress(label, int(plan.used.sum()), int(plan.used.sum()) - left)
+  wanted = np.zeros(plan.frames, bool)
+  for piece in todo:
+    wanted[piece.first : piece.last] = True
+  fed = workers.feed(_cut_out(steps.video, plan, wanted), todo)
+  tasks = ((into, piece, images, *arguments(piece)) for piece, images in fed)
+  for done in each(function, tasks):
+    progress.advance(done)
+  progress.close()
+
+
+def _read(steps: _Steps, plan: Plan, each: workers.Run) -> Read:
+  found = steps.found("landmarks")
+  if found is None:
+    rois = landmarks.smooth_rois(plan.points, plan.runs)
+    pieces = workers.cut(plan.runs, plan.size)
+    _each(
+      steps, plan, "landmarks", "landmarks", pieces, workers.steady,
+      lambda piece: ([rois[f] for f in range(piece.begin, piece.end)], steps.models.bundle,
+                     steps.settings.looks),
+      each,
+    )  # fmt: skip
+    into = steps.work / "landmarks"
+    parts = [workers.load(workers.result(into, piece)) or {} for piece in pieces]
+    found = steps.keep(
+      "landmarks",
+      points=np.concatenate([p["points"] for p in parts]),
+      scores=np.concatenate([p["scores"] for p in parts]),
+    )
+    for piece in pieces:
+      workers.result(into, piece).unlink(missing_ok=True)
+  # Frames left out take the points of their neighbours: only poses and tables read them.
+  near = np.flatnonzero(plan.used)
   middles = (near[1:] + near[:-1]) / 2
-  nearest = near[np.searchsorted(middles, np.arange(plan.frames))]
-  return Read(
-    data["points"][nearest], data["scores"][nearest], present, int(data["others"])
-  )
+  nearest = np.searchsorted(middles, np.arange(plan.frames))
+  return Read(found["points"][nearest], found["scores"][nearest])
 
 
-def _track(work, plan: Plan, read: Read, settings: Settings, mesh) -> track.Track:
-  data = _load(work / "track.npz")
-  if data is None:
-    progress = Progress("track the head", track.steps(settings.focal_px))
-    found = track.fit(
-      read.points, read.scores, read.present, mesh, plan.size, plan.size,
-      focal_px=settings.focal_px, advance=progress.advance,
+def _track(steps: _Steps, plan: Plan, read: Read, mesh: landmarks.Mesh) -> track.Track:
+  found = steps.found("track")
+  if found is None:
+    focal_px = steps.settings.focal_px
+    progress = Progress("track the head", track.steps(focal_px))
+    fitted = track.fit(
+      read.points, read.scores, plan.used, mesh, plan.size, plan.size,
+      focal_px=focal_px, advance=progress.advance,
     )  # fmt: skip
     progress.close(
-      f"focal length {found.focal_px:.0f} px, reprojection {found.reprojection_px:.2f} px, "
-      f"jitter {found.jitter_px:.2f} px"
+      f"focal length {fitted.focal_px:.0f} px, reprojection {fitted.reprojection_px:.2f} px, "
+      f"jitter {fitted.jitter_px:.2f} px"
     )
-    data = {name: np.asarray(value) for name, value in found._asdict().items()}
-    _save(work / "track.npz", **data)
-  values: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in data.items()}
+    found = steps.keep("track", **fitted._asdict())
+  values: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in found.items()}
   return track.Track(**values)
 
 
-def _find_parser(settings: Settings) -> pathlib.Path | None:
-  """The parser's file, if it is wanted and can be had; the report says where it lacked."""
-  if settings.parser:
-    with contextlib.suppress(UserError):
-      return weights.find(PARSER)
-  return None
-
-
-def _layers(work, video, plan: Plan, read: Read, segmenter: masks.Segmenter, parser: bool) -> None:
-  """Writes work/classes_*/<i>.png."""
-  into = work / f"classes_{'parser' if parser else 'mattes'}"
-  into.mkdir(exist_ok=True)
-  todo = [f for f in range(plan.frames) if read.present[f] and not (into / f"{f}.png").exists()]
-  if not todo:
+def _layers(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
+  """Classes of every piece, work/layers/<begin>.npz, and the plate, work/layers/plate.npy."""
+  into, models = steps.work / "layers", steps.models
+  used = np.flatnonzero(plan.used)
+  rois = landmarks.smooth_rois(read.points, plan.runs)
+  number = min(masks.PLATE_SAMPLES, max(PLATE_BYTES // (plan.size**2 * 3), 8), len(used))
+  samples = used[np.linspace(0, len(used) - 1, number).astype(int)].tolist()
+  pieces = workers.cut(plan.runs, plan.size, around=1)
+  _each(
+    steps, plan, "layers", "layers", pieces, workers.layers,
+    lambda piece: (
+      read.points[piece.first : piece.last], [rois[f] for f in range(piece.first, piece.last)],
+      (models.person, models.hair, models.parser), samples,
+    ),
+    each,
+  )  # fmt: skip
+  if (into / "plate.npy").exists():
     return
-  rois = landmarks.smooth_rois(
-    [read.points[f] if read.present[f] else None for f in range(plan.frames)]
+  background = masks.Plate(number)
+  for piece in pieces:
+    classes = (workers.load(workers.result(into, piece)) or {})["classes"]
+    for f in samples:
+      if piece.begin <= f < piece.end:
+        image = np.load(workers.sample(into, f), allow_pickle=False)
+        background.add(image, classes[f - piece.begin])
+  plate, known = background.finish()
+  with saving.aside(into / "plate.json") as partial:
+    partial.write_text(json.dumps({"seen": known}))
+  with saving.aside(into / "plate.npy") as partial:
+    np.save(partial, plate)
+
+
+def _pictures(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
+  """The picture folders, and what is known of all layers, in work/pictures."""
+  into, layers = steps.work / "pictures", steps.work / "layers"
+  for name in folder.PICTURES:
+    (into / name).mkdir(exist_ok=True)
+  pieces = workers.cut(plan.runs, plan.size, around=1)
+  bare = [piece._replace(before=0, after=0) for piece in pieces]
+  _each(
+    steps, plan, "pictures", "pictures", bare, workers.pictures,
+    lambda piece: (read.points[piece.begin : piece.end], workers.result(layers, piece),
+                   layers / "plate.npy"),
+    each,
+  )  # fmt: skip
+  seen = [workers.load(workers.result(into, piece)) or {} for piece in bare]
+  found = [workers.load(workers.result(layers, piece)) or {} for piece in pieces]
+  steps.keep(
+    "pictures",
+    plate=np.load(layers / "plate.npy", allow_pickle=False),
+    seen=np.array(json.loads((layers / "plate.json").read_text())["seen"]),
+    shares=np.concatenate([p["shares"] for p in found]),
+    overlaps=np.concatenate([p["overlaps"] for p in found]),
+    teeth=np.concatenate([p["teeth"] for p in seen]),
   )
-  begin = todo[0]
-  progress = Progress("layers", plan.frames, begin)
-
-  def soft() -> Iterator[np.ndarray | None]:
-    for f, image in enumerate(_pictures(video, plan)):
-      roi = rois[f]
-      # One frame earlier than needed: its neighbour is smoothed with it.
-      yield None if roi is None or f < begin - 1 else segmenter(image, read.points[f], roi)
-
-  for f, layers in enumerate(masks.smooth(soft())):
-    if f < begin:
-      continue
-    if layers is not None:
-      with saving.aside(into / f"{f}.png") as partial:
-        Image.fromarray(masks.classify(layers, read.points[f])).save(partial, compress_level=1)
-    progress.advance()
-  progress.close("by the 19-class parser" if parser else "by mattes and landmarks")
 
 
-def _classes(work: pathlib.Path, parser: bool, frame: int) -> UInt8[np.ndarray, "h w"]:
-  file = work / f"classes_{'parser' if parser else 'mattes'}" / f"{frame}.png"
-  with Image.open(file) as picture:
-    return np.asarray(picture.convert("L"))
+def _link_pictures(out: pathlib.Path, work: pathlib.Path) -> None:
+  """Takes the picture folders of an earlier run over; it keeps its own names for the files."""
+
+  def link(source: str, target: str) -> None:
+    try:
+      os.link(source, target)
+    except OSError:  # a disk without hard links
+      shutil.copyfile(source, target)
+
+  into = work / "pictures"
+  for name in folder.PICTURES:
+    shutil.rmtree(into / name, ignore_errors=True)
+    shutil.copytree(out / name, into / name, copy_function=link)
+  shutil.copyfile(out / "steps" / "pictures.npz", into / "found.npz")
 
 
-def _write(work, video, out, plan, read, tracked, measures, report, took, began, tables) -> None:
+def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speech) -> None:
+  """The whole folder, as work/subject."""
   from uajax.speech import features
 
-  parser = report["masks_by"] == "19-class parser"
-  used = np.flatnonzero(read.present)
-  background = masks.Plate(len(used))
-  progress = Progress("background", plan.frames)
-  for f, image in enumerate(_pictures(video, plan)):
-    if read.present[f] and background.wants():
-      background.add(image, _classes(work, parser, f))
-    elif read.present[f]:
-      background.skip()
-    progress.advance()
-  plate, known = background.finish()
-  progress.close(f"{100 * known:.0f} % seen")
-
-  shown = _choose_shown(used, measures, tables["action_units"])
-  sheet: dict[str, list[np.ndarray]] = {
-    "picture, landmarks, still points": [], "layers": [], "person over plate": [],
-    "torso over plate": [],
-  }  # fmt: skip
-  projected = track.project(
-    tracked.shape[tracked.weights > 0.5], tracked.viewmats, tracked.focal_px, plan.size, plan.size
-  )
-  areas = np.zeros((plan.frames, len(PALETTE)))
-  before, overlap, teeth_seen = None, [], 0
-  with folder.writer(out) as writer:
-    progress = Progress("write", plan.frames)
-    for f, image in enumerate(_pictures(video, plan)):
-      progress.advance()
-      if not read.present[f]:
-        writer.frame(
-          f, truth=image, torso_rgba=np.zeros((*image.shape[:2], 4), np.uint8),
-          parsing_classes=np.zeros(image.shape[:2], np.uint8), landmarks=np.zeros((68, 2)),
-        )  # fmt: skip
-        before = None
-        continue
-      classes = _classes(work, parser, f)
-      truth = masks.put_behind(image, classes, plate)
-      torso = masks.cut_torso(image, classes)
-      teeth = masks.find_teeth(image, classes)
-      teeth_seen += int(teeth.any())
-      points = read.points[f]
-      writer.frame(
-        f, truth=truth, original=image, torso_rgba=torso, parsing_classes=classes, teeth=teeth,
-        landmarks=landmarks.to_ibug(points)[:, :2],
-      )  # fmt: skip
-      areas[f] = np.bincount(classes.ravel(), minlength=len(PALETTE)) / classes.size
-      head = np.isin(classes, (FACE, HAIR, MOUTH))
-      if before is not None:
-        overlap.append((head & before).sum() / max((head | before).sum(), 1))
-      before = head
-      if f in shown:
-        for column, picture in zip(
-          sheet.values(),
-          (
-            _draw_points(image, points, projected[f]),
-            _draw_classes(image, classes, teeth),
-            _scale(truth),
-            _scale(folder.over(torso, plate)),
-          ),
-          strict=True,
-        ):
-          column.append(picture)
-    progress.close()
-    windows = features.mel_windows(tables["speech"], plan.frames)
+  settings, used = steps.settings, plan.used
+  layers = steps.found("pictures")
+  length = plan.frames * SAMPLE_RATE_HZ // FPS
+  speech = np.pad(speech[:length], (0, max(length - len(speech), 0)))
+  head = track.unproject(read.points[:, :, :2], tracked, plan.size, plan.size)
+  measures = action_units.measure(head)
+  offset = action_units.find_offset(measures, speech, used)
+  move = settings.av_offset
+  if move is None:
+    move = round(offset.frames) if offset.clear and abs(offset.frames) >= 0.75 else 0
+  speech = action_units.shift_sound(speech, move)
+  units = action_units.estimate(read.scores, measures, used)
+  expression = action_units.express(read.scores, head, measures, used)
+  found = report.Found(
+    video=steps.video.name, info=info, settings=dataclasses.asdict(settings), box=plan.box,
+    size=plan.size, why=plan.why, begins=plan.begins, others=plan.others, yaw_deg=plan.yaw_deg,
+    parser=PARSER if steps.models.parser is None else None, tracked=tracked, offset=offset,
+    moved=move, measures=measures, units=units, shares=layers["shares"],
+    overlaps=layers["overlaps"], teeth=layers["teeth"], seen=float(layers["seen"]),
+    longest_s=settings.limit_s or LONGEST_S, took=steps.took, speech=speech,
+  )  # fmt: skip
+  document = report.describe(found)
+  with folder.writer(steps.work / "subject") as writer:
+    kept = writer.path / "steps"
+    kept.mkdir()
+    for name in (*KEPT, "pictures"):
+      shutil.copyfile(steps.work / name / "found.npz", kept / f"{name}.npz")
+    sheet = report.draw_sheet(
+      found, steps.work / "pictures", layers["plate"], read.points
+    )
+    report.write(writer.path, document, found, sheet)
+    writer.adopt(
+      steps.work / "pictures", np.flatnonzero(used).tolist(), plan.frames, (plan.size, plan.size)
+    )
     writer.finish(
-      viewmats=tracked.viewmats, focal_px=tracked.focal_px, plate=plate, windows={"mel": windows},
-      **tables,
+      speech=speech, viewmats=tracked.viewmats, focal_px=tracked.focal_px, action_units=units,
+      plate=layers["plate"], windows={"mel": features.mel_windows(speech, plan.frames)},
+      expression=expression,
     )  # fmt: skip
-    _leave_out(writer.path, ~read.present)
-    mean = areas[read.present].mean(0)
-    report["layers"] = {
-      "share_of_picture": {name: round(float(mean[c]), 4) for c, name in NAMES.items()},
-      "head_overlap_with_next_frame": round(float(np.mean(overlap)), 4) if overlap else None,
-      "background_seen": round(known, 3),
-      "frames_with_teeth": teeth_seen,
-    }
-    report["warnings"] = _warn(report, read, tables["action_units"], measures)
-    report["seconds"] = {**took, "all": round(time.monotonic() - began, 1)}
-    (writer.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    labels = [f"frame {f}: {why}" for f, why in sorted(shown.items())]
-    contact.write_sheet(writer.path / "contact_sheet.png", sheet, labels, height_px=SHEET_PX)
-
-
-def _leave_out(path: pathlib.Path, missing: Bool[np.ndarray, " f"]) -> None:
-  """Takes frames without a face out of a folder; all others keep their numbers."""
-  if not missing.any():
-    return
-  for split in folder.SPLITS:
-    file = path / f"transforms_{split}.json"
-    document = json.loads(file.read_text())
-    document["frames"] = [e for e in document["frames"] if not missing[e["img_id"]]]
-    if not document["frames"]:
-      raise UserError(
-        f"the {'first' if split == 'train' else 'last'} part of the video shows no face, so there"
-        " is nothing to train or to test on: cut the video to where the person is seen"
-      )
-    file.write_text(json.dumps(document))
-  for f in np.flatnonzero(missing):
-    for name in ("ori_imgs/{}.jpg", "ori_imgs/{}.lms", "gt_imgs/{}.jpg", "torso_imgs/{}.png",
-                 "parsing/{}.png", "teeth_mask/{}.npy"):  # fmt: skip
-      (path / name.format(f)).unlink(missing_ok=True)
-
-
-# What the user is told
-
-
-def _describe_track(tracked: track.Track, present) -> dict[str, Any]:
-  turns = tracked.viewmats[present][:, :3, :3] @ np.diag([1.0, -1.0, -1.0])
-  angles = {
-    "yaw_deg": np.degrees(np.arcsin(np.clip(turns[:, 0, 2], -1, 1))),
-    "pitch_deg": np.degrees(np.arcsin(np.clip(turns[:, 1, 2], -1, 1))),
-    "roll_deg": np.degrees(np.arctan2(turns[:, 1, 0], turns[:, 0, 0])),
-  }
-  return {
-    "focal_px": round(tracked.focal_px, 1),
-    "distance_m": round(float(tracked.viewmats[present][:, 2, 3].mean()), 3),
-    "reprojection_px": round(tracked.reprojection_px, 3),
-    "held_out_px": round(tracked.held_out_px, 3),
-    "jitter_px": round(tracked.jitter_px, 3),
-    "jitter_untied_px": round(tracked.raw_jitter_px, 3),
-    **{name: _quantiles(values) for name, values in angles.items()},
-  }
-
-
-def _warn(report, read: Read, units, measures) -> list[str]:
-  """What is weak, and how it will show in the avatar."""
-  out = []
-  size, frames = report["size_px"], report["frames"]
-  if frames["used"] < 40 * FPS:
-    out.append(
-      f"only {frames['used'] / FPS:.0f} s of speech: sounds that are rare in it will be shaped"
-      " roughly; a minute or more is better"
-    )
-  if frames["left_out"]:
-    out.append(f"frames {frames['left_out']} show no face and are left out")
-  if read.others:
-    out.append(
-      f"{read.others} further face(s) were seen: the largest was followed; check the contact sheet"
-    )
-  wide = int((measures.gap[read.present] > 0.012).sum())
-  if wide < 10:
-    out.append(f"the mouth opens wide in only {wide} frames: open vowels will look too closed")
-  if not report["face"]["blinks"]:
-    out.append("no blink was seen: the avatar's eyes will not shut")
-  camera = report["camera"]
-  if camera["jitter_px"] > 0.3 * size / 450:
-    out.append(f"the tracked head shakes by {camera['jitter_px']} px: edges will look soft")
-  if camera["reprojection_px"] > 1.5 * size / 450:
-    out.append(
-      f"the tracked face misses the landmarks by {camera['reprojection_px']} px: its features will"
-      " look blurred"
-    )
-  yaw = camera["yaw_deg"]
-  if max(abs(yaw["min"]), abs(yaw["max"])) > 40:
-    out.append("the head turns beyond 40 degrees: profiles are tracked badly and may smear")
-  layers = report["layers"]
-  if layers["background_seen"] < 0.3:
-    out.append("most of the background is never seen: what the head uncovers will look painted")
-  overlap = layers["head_overlap_with_next_frame"]
-  if overlap is not None and overlap < 0.95:
-    out.append("the head's outline changes much from frame to frame: hair and edges may flicker")
-  sound = report["sound"]
-  if not sound["clear"] and report["settings"]["av_offset"] is None:
-    out.append(
-      "whether the sound is late could not be told from this clip; it was left as it is: if lips"
-      " and sound are apart, set --av-offset"
-    )
-  elif sound["moved_earlier_by_frames"] and report["settings"]["av_offset"] is None:
-    out.append(
-      f"the sound was {sound['moved_earlier_by_frames']} frames late and was moved; --av-offset 0"
-      " keeps it"
-    )
-  if report["masks_by"] != "19-class parser":
-    why = "is not at hand" if report["settings"]["parser"] else "was not wanted"
-    out.append(
-      f"masks come from mattes and landmarks ({PARSER} {why}): neck and hair edges are rougher"
-    )
-  return out
-
-
-def _choose_shown(used, measures, units) -> dict[int, str]:
-  """Frames for the contact sheet and why they are there."""
-  shown = {int(used[i]): "" for i in np.linspace(0, len(used) - 1, 6).astype(int)}
-  shown[int(used[np.argmax(measures.gap[used])])] = "widest mouth"
-  shown[int(used[np.argmax(units["AU45"][used])])] = "eyes most closed"
-  return {
-    f: f"{why}{', ' if why else ''}gap {1e3 * measures.gap[f]:.0f} mm, AU45 {units['AU45'][f]:.1f}"
-    for f, why in shown.items()
-  }
-
-
-def _draw_points(image, points, still) -> np.ndarray:
-  """Landmarks green, the tracked face's still points red, iBUG's 68 yellow."""
-  scale = SHEET_PX / image.shape[0]
-  picture = Image.fromarray(image).resize((SHEET_PX, SHEET_PX))
-  pen = ImageDraw.Draw(picture)
-  for some, colour, size in (
-    (points, (0, 255, 0), 0.5), (landmarks.to_ibug(points), (255, 255, 0), 1.5),
-    (still, (255, 0, 0), 0.5),
-  ):  # fmt: skip
-    for x, y in some[:, :2] * scale:
-      pen.ellipse((x - size, y - size, x + size, y + size), fill=colour)
-  return np.asarray(picture)
-
-
-def _draw_classes(image, classes, teeth) -> np.ndarray:
-  mixed = image // 2 + PALETTE[classes] // 2
-  mixed[classes == BACKGROUND] = image[classes == BACKGROUND] // 3
-  mixed[teeth] = 255
-  return _scale(mixed)
-
-
-def _scale(image) -> np.ndarray:
-  return np.asarray(Image.fromarray(image).resize((SHEET_PX, SHEET_PX)))
-
-
-def _quantiles(values) -> dict[str, float]:
-  found = np.percentile(values, [0, 50, 100])
-  return {n: round(float(q), 2) for n, q in zip(("min", "median", "max"), found, strict=True)}
-
-
-def _count_blinks(au45) -> int:
-  shut = au45 > 1.5
-  return int(shut[0]) + int((shut[1:] & ~shut[:-1]).sum())
-
-
-def _spans(mask: Bool[np.ndarray, " f"]) -> list[list[int]]:
-  """Runs of true values as [first, last]."""
-  edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
-  return [[int(a), int(b) - 1] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    files = {p.name: pretrained.digest(p) for p in sorted(writer.path.iterdir()) if p.is_file()}
+    (kept / "record.json").write_text(json.dumps({"keys": steps.keys, "files": files}, indent=1))

@@ -120,7 +120,8 @@ def test_real_clip_lags_by_four_frames(shared):
 
   clip = shared("data/clips/obama_20s.mp4")
   landmarker = marks.Landmarker(shared("models/face_landmarker.task"))
-  points = [p for p, _ in marks.follow(media.read_frames(clip), landmarker)]
+  pairs = ((image, False) for image in media.read_frames(clip))
+  points = [seen.points for seen in marks.follow(pairs, landmarker)]
   pixels = np.stack(points)
   # Distances between the eyes' outer corners make them metres; head motion hardly matters.
   size = np.linalg.norm(pixels[:, 33, :2] - pixels[:, 263, :2], axis=1) / 0.09

@@ -1,6 +1,11 @@
+import dataclasses
+import hashlib
+import html
 import itertools
 import json
+import re
 import shutil
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -9,7 +14,8 @@ from PIL import Image
 from uajax import media
 from uajax.data import folder
 from uajax.errors import UserError
-from uajax.preprocess import landmarks, masks, pipeline
+from uajax.preprocess import landmarks, masks, pipeline, workers
+from uajax.types import BACKGROUND, FACE, HAIR, MOUTH
 
 FRAMES, GONE = 60, range(20, 26)
 
@@ -28,32 +34,60 @@ def video(shared, tmp_path_factory):
   return path
 
 
+PIECE = 160 * 160 * 3 * 10  # bytes of ten frames
+SETTINGS = pipeline.Settings(size=160, looks=2, focal_px=320.0)
+
+
+class Interrupted:
+  """Lets a function be called so often, then interrupts."""
+
+  def __init__(self, function, calls):
+    self.function, self.left = function, calls
+
+  def __call__(self, *args, **named):
+    self.left -= 1
+    if self.left < 0:
+      raise KeyboardInterrupt
+    return self.function(*args, **named)
+
+
+def forbid(patch, *names):
+  """Makes steps of the pipeline fail if they are done again."""
+
+  def again(*_, **__):
+    raise AssertionError("a step was done again")
+
+  for module, name in names:
+    patch.setattr(module, name, again)
+
+
+LOOK, STEADY = (landmarks, "follow"), (landmarks, "steady")
+LAYERS, PICTURES = (masks, "classify"), (masks, "cut_torso")
+TRACK = (pipeline.track, "fit")
+
+
 @pytest.fixture(scope="module")
 def subject(shared, video, tmp_path_factory):
-  """The video preprocessed by a run that is interrupted and taken up again."""
+  """The video preprocessed by a run that is interrupted in every step and taken up again."""
   shared("models/face_landmarker.task")
   out = tmp_path_factory.mktemp("subject") / "person"
-  settings = pipeline.Settings(size=160, looks=2, focal_px=320.0)
+  for calls, (module, name), done in (
+    (0, TRACK, ()), (30, LAYERS, (LOOK, STEADY)), (30, PICTURES, (LOOK, STEADY, TRACK)),
+  ):  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(workers, "PIECE_BYTES", PIECE)
+      forbid(patch, *done)
+      patch.setattr(module, name, Interrupted(getattr(module, name), calls))
+      with pytest.raises(KeyboardInterrupt):
+        pipeline.run(video, out, SETTINGS)
+    assert not out.exists() and out.with_name("person.work").is_dir()
   with pytest.MonkeyPatch.context() as patch:
-    classify, calls = masks.classify, itertools.count()
-
-    def interrupt(*args):
-      if next(calls) == 30:
-        raise KeyboardInterrupt
-      return classify(*args)
-
-    patch.setattr(masks, "classify", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-      pipeline.run(video, out, settings)
-  assert not out.exists() and out.with_name("person.work").is_dir()
-  with pytest.MonkeyPatch.context() as patch:
-
-    def again(*_):
-      raise AssertionError("landmarks were read again")
-
-    patch.setattr(landmarks, "follow", again)
-    patch.setattr(landmarks, "refine", again)
-    report = pipeline.run(video, out, settings)
+    patch.setattr(workers, "PIECE_BYTES", PIECE)
+    forbid(patch, LOOK, STEADY, TRACK, LAYERS)
+    cut_torso, calls = masks.cut_torso, []
+    patch.setattr(masks, "cut_torso", lambda *args: calls.append(0) or cut_torso(*args))
+    report = pipeline.run(video, out, SETTINGS)
+  assert len(calls) < 30  # whole pieces were kept
   assert not out.with_name("person.work").exists()
   return out, report
 
@@ -64,9 +98,13 @@ def test_the_folder_reads_as_a_subject(subject):
   train = folder.read(out, "train", allow_missing_priors=True)
   assert train.frames.image.shape[1:] == (160, 160, 3)
   assert report["frames"] == {"all": FRAMES, "used": FRAMES - len(GONE), "left_out": [[20, 25]]}
+  (span,) = report["spans"]["left_out"]
+  assert span["reason"] == "no face" and (span["from_s"], span["to_s"]) == (0.8, 1.04)
+  assert any("6 frames are left out, no face: 0.8-1.0 s" in line for line in report["warnings"])
   # Left out by number: no other frame has moved.
   assert not set(GONE) & set(train.ids.tolist())
-  assert train.ids.tolist() == [f for f in range(FRAMES * 10 // 11) if f not in GONE]
+  used = [f for f in range(FRAMES) if f not in GONE]
+  assert train.ids.tolist() == used[: len(used) * 10 // 11]
   assert not (out / "parsing" / "22.png").exists()
   assert (train.frames.camera.viewmat[:, 2, 3] > 0.3).all()
   assert folder.read_expression(out).shape == (FRAMES, 64)
@@ -83,12 +121,12 @@ def test_the_square_holds_the_head_and_layers_lie_where_they_should(subject):
     classes = clip.frames.classes[f]
     r0, r1, c0, c1 = clip.frames.lips[f]
     middle = classes[(r0 + r1) // 2, (c0 + c1) // 2]
-    assert middle in (pipeline.FACE, pipeline.MOUTH)
-    assert (classes[0] == pipeline.BACKGROUND).all()
-    person = np.argwhere(classes == pipeline.HAIR)[:, 0].mean()
+    assert middle in (FACE, MOUTH)
+    assert (classes[0] == BACKGROUND).all()
+    person = np.argwhere(classes == HAIR)[:, 0].mean()
     assert person < r0  # hair above the lips
     # Where nobody is, the truth is the plate.
-    bare = classes == pipeline.BACKGROUND
+    bare = classes == BACKGROUND
     gap = np.abs(clip.frames.image[f].astype(int) - clip.frames.background[f])[bare]
     assert gap.mean() < 4
   assert (out / "contact_sheet.png").exists()
@@ -104,9 +142,108 @@ def test_points_fixed_to_the_head_stay_on_it(subject):
   ):
     x, y, z = camera[:3, 3]
     column, row = 320 * x / z + 80, 320 * y / z + 80
-    face = np.argwhere(np.isin(classes, (pipeline.FACE, pipeline.HAIR)))
+    face = np.argwhere(np.isin(classes, (FACE, HAIR)))
     middle = (face.min(0) + face.max(0)) / 2
     assert np.abs(middle - [row, column]).max() < 0.08 * 160
+
+
+def files(path):
+  """Digests of a folder's files by name; without the report, whose seconds differ."""
+  return {
+    str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest()
+    for p in sorted(path.rglob("*"))
+    if p.is_file() and not p.name.startswith(("report.", "record."))
+  }
+
+
+def test_a_finished_subject_is_left_alone(subject, video, capsys):
+  out, report = subject
+  times = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+  with pytest.MonkeyPatch.context() as patch:
+    forbid(patch, LOOK, STEADY, TRACK, LAYERS, PICTURES)
+    assert pipeline.run(video, out, SETTINGS) == report
+  assert "nothing to do" in capsys.readouterr().err
+  assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == times
+
+
+def test_other_settings_redo_only_what_hangs_on_them(subject, video, tmp_path, capsys):
+  out = tmp_path / "person"
+  shutil.copytree(subject[0], out)
+  before = files(out)
+  with pytest.MonkeyPatch.context() as patch:
+    forbid(patch, LOOK, STEADY, TRACK, LAYERS, PICTURES)
+    report = pipeline.run(video, out, dataclasses.replace(SETTINGS, av_offset=3))
+  assert report["sound"]["moved_earlier_by_frames"] == 3
+  assert "to do again: tables" in capsys.readouterr().err
+  after = files(out)
+  changed = {name for name in before | after if before.get(name) != after.get(name)}
+  assert {"aud.wav", "aud_mel.npy"} <= changed <= {"aud.wav", "aud_mel.npy", "contact_sheet.png"}
+  with pytest.MonkeyPatch.context() as patch:
+    forbid(patch, LOOK, STEADY, LAYERS, PICTURES)
+    pipeline.run(video, out, dataclasses.replace(SETTINGS, av_offset=3, focal_px=400.0))
+  assert json.loads((out / "transforms_train.json").read_text())["focal_len"] == 400.0
+  folder.check(out, priors=False)
+  assert not out.with_name("person.work").exists()
+
+
+def test_what_others_put_into_a_subject_is_not_lost(subject, video, tmp_path):
+  out = tmp_path / "person"
+  shutil.copytree(subject[0], out)
+  other = dataclasses.replace(SETTINGS, av_offset=3)
+  (out / "au.csv").write_text((out / "au.csv").read_text() + "\n")
+  with pytest.raises(UserError, match="au.csv in it was changed since"):
+    pipeline.run(video, out, other)
+  shutil.copy(subject[0] / "au.csv", out / "au.csv")
+  (out / "emotion.csv").write_text("frame,label,intensity\n")
+  with pytest.raises(UserError, match="emotion.csv in it is not of its making"):
+    pipeline.run(video, out, other)
+  (out / "emotion.csv").unlink()
+  (out / "train_auds_exp.npz").write_bytes(b"")  # of `uajax extract`: stale, and goes
+  pipeline.run(video, out, other)
+  assert not (out / "train_auds_exp.npz").exists()
+
+
+def test_an_exchange_that_was_cut_short_is_ended(subject, video, tmp_path):
+  for begun in ("before", "between"):
+    out = tmp_path / begun / "person"
+    work = out.with_name("person.work")
+    shutil.copytree(subject[0], work / "subject")
+    shutil.copytree(subject[0], work / "replaced" if begun == "between" else out)
+    with pytest.MonkeyPatch.context() as patch:
+      forbid(patch, LOOK, STEADY, TRACK, LAYERS, PICTURES)
+      pipeline.run(video, out, SETTINGS)
+    folder.check(out, priors=False)
+    assert not work.exists()
+
+
+def test_results_do_not_depend_on_the_number_of_processes(subject, video, tmp_path):
+  out = tmp_path / "person"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(workers, "PIECE_BYTES", PIECE)
+    pipeline.run(video, out, dataclasses.replace(SETTINGS, jobs=2))
+  assert files(out) == files(subject[0])
+
+
+def test_the_page_is_whole_in_itself_and_escapes_names(subject):
+  text = (subject[0] / "report.html").read_text()
+  assert text.count("<svg") == 4 and "data:image/jpeg;base64," in text
+  assert not re.search(r"(src|href)=\"(?!data:)|https?:|<script|@import|url\(", text)
+  for line in subject[1]["warnings"]:
+    assert html.escape(line) in text
+  parsed = xml.etree.ElementTree.fromstring(  # well-formed but for the head's void elements
+    re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", text.split("\n", 1)[1])
+  )
+  assert parsed.tag == "html"
+
+
+def test_a_name_with_markup_is_shown_as_it_is(subject, video, tmp_path):
+  named = tmp_path / "<script>alert(1)</script>&.mp4".replace("/", "_")
+  shutil.copy(video, named)
+  out = tmp_path / "person"
+  shutil.copytree(subject[0], out)
+  pipeline.run(named, out, SETTINGS)
+  text = (out / "report.html").read_text()
+  assert "<script" not in text and "&lt;script&gt;" in text
 
 
 def make_video(path, seconds, audio=True):
@@ -156,8 +293,3 @@ def test_square_follows_the_face():
   assert pipeline.choose_square(np.array([[100.0, 100, 300, 300]]), 450, 450) == (0, 0, 450)
   edge = pipeline.choose_square(np.array([[0.0, 0, 400, 400]]), 1000, 600)
   assert edge == (0, 0, 600)
-
-
-def test_runs_of_missing_frames():
-  assert pipeline._spans(np.array([0, 1, 1, 0, 1], bool)) == [[1, 2], [4, 4]]
-  assert pipeline._spans(np.zeros(3, bool)) == []
