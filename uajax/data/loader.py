@@ -100,34 +100,101 @@ def open_source(
     return folder.Source(path, split, **settings)
 
 
-def batches(
-  frames: Sequence[types.Frame], batch: int, seed: int, start_step: int = 0, *, workers: int = 4
-) -> Iterator[types.Frame]:
+class Batches(Iterator[types.Frame]):
   """Endless batches in a new order each epoch, a function of the seed and the step alone.
 
-  Begun at `start_step` it yields what an iterator begun at 0 yields from that step on, at once.
-  A batch never spans two epochs; what does not fill one is left out of its epoch.
+  A batch never spans two epochs; what does not fill one is left out of its epoch. Several hosts
+  share each batch: host h of n has its rows [h b/n, (h+1) b/n), so that all of them together have
+  the same batches, however many they are. A host reads its own rows only.
 
-  Args:
-    frames: a random-access source (`open_source`).
-    batch: frames a batch, at most len(frames).
-    seed: of the order.
-    start_step: batches to pass over.
-    workers: threads that read ahead.
+      batches = Batches(open_source(path), 16, seed=0)
+      state = batches.state()                  # small, for JSON; the same on every host
+      batches = Batches(open_source(path), 16, seed=0)
+      batches.restore(state)                   # goes on at once, also on another number of hosts
+
+  Attributes:
+    step: of the batch that comes next, from 0.
   """
-  import grain
-  import jax
 
-  if not 0 < batch <= len(frames):
-    raise ValueError(f"batch is 1..{len(frames)}, not {batch}")
-  steps = len(frames) // batch
-  order = grain.MapDataset.source(range(len(frames))).seed(seed).shuffle()
-  order = order.slice(slice(0, steps * batch)).repeat()
-  data = order.map(lambda i: frames[i]).batch(
-    batch, batch_fn=lambda rows: jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-  )
-  options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * batch)
-  return iter(data[start_step:].to_iter_dataset(options))
+  def __init__(
+    self,
+    frames: Sequence[types.Frame],
+    batch: int,
+    seed: int,
+    start_step: int = 0,
+    *,
+    host: int | None = None,
+    hosts: int | None = None,
+    workers: int = 4,
+  ):
+    """Opens the stream at `start_step`; nothing before it is read.
+
+    Args:
+      frames: a random-access source (`open_source`).
+      batch: frames a batch over all hosts, at most len(frames).
+      seed: of the order.
+      host, hosts: which of how many hosts this is; by default what JAX knows.
+      workers: threads that read ahead, a batch each.
+
+    Raises:
+      ValueError: a batch that there are not frames for, or that the hosts cannot share.
+    """
+    import uajax.hosts
+
+    host = uajax.hosts.number() if host is None else host
+    hosts = uajax.hosts.count() if hosts is None else hosts
+    if not 0 < batch <= len(frames):
+      raise ValueError(f"batch is 1..{len(frames)}, not {batch}")
+    if batch % hosts or not 0 <= host < hosts:
+      raise ValueError(f"host {host} of {hosts} cannot have its share of a batch of {batch}")
+    self._frames, self._batch, self._seed, self._workers = frames, batch, seed, workers
+    self._rows = slice(host * batch // hosts, (host + 1) * batch // hosts)
+    self._open(start_step)
+
+  def __next__(self) -> types.Frame:
+    batch = next(self._stream)
+    self.step += 1
+    return batch
+
+  def state(self) -> dict[str, int]:
+    """Where the stream stands, and what it is a stream of."""
+    return {"step": self.step, **self._kind()}
+
+  def restore(self, state: dict[str, int]) -> None:
+    """Goes on where `state` was taken.
+
+    Raises:
+      UserError: it is of another stream.
+    """
+    kind = {name: state.get(name) for name in self._kind()}
+    if kind != self._kind() or not isinstance(state.get("step"), int) or state["step"] < 0:
+      raise UserError(
+        f"the frames were drawn by {state}, here it is {self._kind()}: go on with the same "
+        "subject, batch and seed, or begin anew"
+      )
+    self._open(state["step"])
+
+  def _kind(self) -> dict[str, int]:
+    return {"seed": self._seed, "batch": self._batch, "frames": len(self._frames)}
+
+  def _open(self, step: int) -> None:
+    import grain
+    import jax
+
+    frames, rows = self._frames, self._rows
+    whole = len(frames) // self._batch * self._batch
+
+    def read(numbers: np.ndarray) -> types.Frame:
+      taken = [frames[int(i)] for i in numbers[rows]]
+      return jax.tree.map(lambda *leaves: np.stack(leaves), *taken)
+
+    order = grain.MapDataset.source(range(len(frames))).seed(self._seed).shuffle()
+    data = order.slice(slice(0, whole)).repeat().batch(self._batch).map(read)
+    options = grain.ReadOptions(
+      num_threads=self._workers, prefetch_buffer_size=max(self._workers, 2)
+    )
+    self._stream = iter(data[step:].to_iter_dataset(options))
+    self.step = step
 
 
 def _packs(path: str | os.PathLike, source: Store) -> bool:
