@@ -64,7 +64,7 @@ COLOURS = {
   types.NECK: (0, 255, 0),
   types.TORSO: (255, 0, 0),
 }
-LATE = 5  # frames at the end of a video that may lack an audio window; they are left out
+LATE = 5  # frames at the end of a video that may lack a window or a row; they are left out
 READERS = 8  # threads that decode pictures; libjpeg and zlib free the interpreter
 
 
@@ -92,15 +92,20 @@ class Source(Sequence):
     self.path, self.split, self.audio = pathlib.Path(path), split, audio
     poses, focal_px, ids, positions = _transforms(self.path, split)
     windows = read_windows(self.path, audio)
-    # The last frames of a video may outlast its sound by a window or two; only those may go.
-    heard = ids < len(windows)
-    if ids.max() >= len(windows) + LATE or not heard.any():
-      raise UserError(
-        f"{self.path / WINDOWS[audio]} has {len(windows)} audio windows but "
-        f"transforms_{split}.json names frame {ids.max()}: recompute the audio features"
-      )
-    self.ids, poses, positions = ids[heard], poses[heard], positions[heard]
-    rows = _action_units(self.path, int(self.ids.max()))
+    rows = _action_units(self.path)
+    # The last frames of a video may outlast its sound by a window or two, and OpenFace may count
+    # one or two fewer; only those may go.
+    for count, what, remedy in (
+      (len(windows), f"{WINDOWS[audio]} has {{}} audio windows", "recompute the audio features"),
+      (len(rows["AU45"]), "au.csv has {} rows", "preprocess again"),
+    ):
+      if ids.max() >= count + LATE or ids.min() >= count:
+        raise UserError(
+          f"{self.path / what.format(count)}, none for frame {ids.max()} of "
+          f"transforms_{split}.json: {remedy}"
+        )
+    known = ids < min(len(windows), len(rows["AU45"]))
+    self.ids, poses, positions = ids[known], poses[known], positions[known]
     self._plate = _image(self.path / "bc.jpg", "RGB")
     self.height, self.width = self._plate.shape[:2]
     self._torso, self._teeth = _require_pictures(self.path, self.ids)
@@ -173,7 +178,7 @@ def read(
 
   Cameras have cx = w/2, cy = h/2: as the official reader, the file's are ignored (Q19).
   Where `torso_imgs` or `teeth_mask` lack, the background is the plate and no teeth are known.
-  At most the last 5 frames of the video are left out where the sound ends before them.
+  At most the last 5 frames of the video are left out where the sound or au.csv ends before them.
 
   Args:
     path: the subject's folder.
@@ -346,11 +351,22 @@ def frame_ids(path: str | os.PathLike, split: Split) -> Int[np.ndarray, " f"]:
 
 
 def read_expression(path: str | os.PathLike) -> Float32[np.ndarray, "T 64"] | None:
-  """The tracked expression of every frame of the video, or None where the folder has none."""
+  """The tracked expression of every frame of the video, or None where the folder has none.
+
+  That of the official tracker serves where ours lacks: the first 64 of its 79 (method.md A.1.4).
+  """
   file = pathlib.Path(path) / "expression.npy"
-  if not file.exists():
+  official = pathlib.Path(path) / "track_params.pt"
+  if file.exists():
+    table = _array(file)
+  elif official.exists():
+    from uajax import torchfile
+
+    file, tracked = official, torchfile.load(official)
+    table = np.asarray(tracked.get("exp") if isinstance(tracked, dict) else None)
+    table = table[:, : types.EXPRESSION] if table.ndim == 2 and table.dtype.kind == "f" else table
+  else:
     return None
-  table = _array(file)
   if table.ndim != 2 or table.shape[1] != types.EXPRESSION:
     raise UserError(f"{file} has the shape {table.shape}, not [frames, 64]: preprocess again")
   return _finite(table, file).astype(np.float32)
@@ -721,7 +737,7 @@ def _camera(c2w, focal_px: float, width: int, height: int) -> types.Camera:
   return types.Camera(*matrices)
 
 
-def _action_units(path, last: int) -> dict[str, np.ndarray]:
+def _action_units(path) -> dict[str, np.ndarray]:
   """Columns of au.csv by name ("AU45"), clipped to OpenFace's range; AU45 to 0..2."""
   file = path / "au.csv"
   _require(file, "preprocess the video again, or put OpenFace's table of it there")
@@ -731,8 +747,6 @@ def _action_units(path, last: int) -> dict[str, np.ndarray]:
     columns = {u: np.asarray([float(row[f"{u}_r"]) for row in rows]) for u in names}
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{file} lacks a column or a number ({error}): preprocess again") from error
-  if len(rows) <= last:
-    raise UserError(f"{file} has {len(rows)} rows, none for frame {last}: preprocess again")
   for name, column in columns.items():
     _finite(column, file)
     columns[name] = np.clip(column, 0, 2 if name == "AU45" else 5)

@@ -7,7 +7,7 @@ parameters, so that what the avatar reads has the same scale everywhere.
 
     SUBJECT/extractors/parameters.npz   networks and statistics
     SUBJECT/extractors/extractors.json  settings, labels, provenance; written last
-    SUBJECT/{train,val}_auds_exp.npz, {train,val}_audiostyle.npz, mser_emotion_{train,val}.npz
+    SUBJECT/{train,val}_auds_exp, {train,val}_audiostyle, mser_emotion_{train,val}   .npz and .pth
 
 Axes: f frames, s samples.
 """
@@ -434,7 +434,7 @@ def _read(path: pathlib.Path) -> _Material:
     )
   if emotions is not None:
     emotions = [(label.strip().lower(), float(x)) for label, x in emotions]
-  names = ("aud.wav", "expression.npy", "emotion.csv", "au.csv")
+  names = ("aud.wav", "expression.npy", "track_params.pt", "emotion.csv", "au.csv")
   digests = {n: _digest((path / n).read_bytes()) for n in names if (path / n).exists()}
   digests["splits"] = _digest(b"".join(i.astype("<i8").tobytes() + b"|" for i in ids.values()))
   return _Material(wav, tracked, _eye_closure(path, len(tracked)), emotions, ids, digests)
@@ -707,7 +707,10 @@ def _lessons(recordings: Sequence[tuple], person: Scale, lead: int) -> Lessons:
 
 
 def _write_features(path: pathlib.Path, material: _Material, extractors: Extractors) -> None:
-  """Writes the features of both splits, unless those there are exactly these."""
+  """Writes the features of both splits, unless those there are exactly these.
+
+  Also as .pth, which the official code reads, unless there are such that are not ours.
+  """
   from uajax.data import folder
 
   record = path / FOLDER / "features.json"
@@ -716,20 +719,26 @@ def _write_features(path: pathlib.Path, material: _Material, extractors: Extract
     "digests": material.digests,
     "standardised": True,
   }
-  files = [
-    path / f"{name}.npz"
+  stems = [
+    path / name
     for split in SPLITS
     for name in (f"{split}_auds_exp", f"{split}_audiostyle", f"mser_emotion_{split}")
   ]
+  files = [stem.with_suffix(".npz") for stem in stems]
+  official = [stem.with_suffix(".pth") for stem in stems]
 
   def state() -> dict:
     return made_from | {"files": {f.name: _digest(f.read_bytes()) for f in files}}
 
   try:
-    if json.loads(record.read_text()) == state():
-      return
-  except (OSError, ValueError):  # none yet, or a file is gone: made anew
-    pass
+    before = json.loads(record.read_text())
+  except (OSError, ValueError):  # none yet, or damaged
+    before = {}
+  ours = before.get("files", {})
+  pth = all(not f.exists() or ours.get(f.name) == _digest(f.read_bytes()) for f in official)
+  files += official if pth else []
+  if all(f.exists() for f in files) and before == state():
+    return
   last = max(int(ids.max()) for ids in material.ids.values())
   speech = hear(extractors, material.wav, last + 1)
   for split in SPLITS:
@@ -740,6 +749,7 @@ def _write_features(path: pathlib.Path, material: _Material, extractors: Extract
       f_exp=np.asarray(speech.f_exp)[rows],
       f_tone=np.asarray(speech.f_tone)[rows],
       emotion=np.asarray(speech.emotion)[rows],
+      pth=pth,
     )
   with aside(record) as partial:
     partial.write_text(json.dumps(state(), indent=1, sort_keys=True))
