@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from uajax import media
+from uajax import media, torchfile
 from uajax.emotion import control
 from uajax.errors import UserError
 from uajax.priors import extract
@@ -103,6 +104,32 @@ def test_kept_and_read_again_it_hears_the_same(subject, extractors):
   wav, _ = babble(9, 60, np.ones(60))
   for a, b in zip(extract.hear(again, wav), extract.hear(extractors, wav), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_extractors_from_before_a_setting_came_have_its_default(subject, extractors, tmp_path):
+  folder = shutil.copytree(subject / "extractors", tmp_path / "extractors")
+  record = json.loads((folder / "extractors.json").read_text())
+  for later in ("conv_norm", "conv_bias", "stable"):
+    del record["config"]["emotion"]["wav"][later]
+  (folder / "extractors.json").write_text(json.dumps(record))
+  assert extract.load(folder).config == extractors.config
+
+
+def test_what_the_official_code_reads_is_written_too_but_never_over_what_others_made(
+  subject, extractors, monkeypatch
+):
+  monkeypatch.setattr(extract, "_learn", lambda *_: pytest.fail("trained again"))
+  npz, pth = (subject / f"val_auds_exp.{end}" for end in ("npz", "pth"))
+  ours = np.load(npz)["features"]
+  np.testing.assert_array_equal(torchfile.load(pth), ours)
+  pth.unlink()
+  extract.train(subject, quick(extract.SMALL))
+  np.testing.assert_array_equal(torchfile.load(pth), ours)
+  torchfile.save(pth, np.ones_like(ours))
+  npz.unlink()
+  extract.train(subject, quick(extract.SMALL))
+  np.testing.assert_array_equal(np.load(npz)["features"], ours)
+  assert (torchfile.load(pth) == 1).all()
 
 
 def test_unchanged_it_is_not_trained_again(subject, extractors, monkeypatch):
