@@ -93,7 +93,7 @@ def _ticks(path, fps) -> Iterator[np.ndarray]:
     def ticks_until(time_s: float) -> Iterator[np.ndarray]:
       nonlocal tick
       if tick / fps < time_s:
-        picture = _picture(shown, size)  # converted once, and only if it is seen
+        picture = _picture(shown, size, path)  # converted once, and only if it is seen
         while tick / fps < time_s:
           yield picture
           tick += 1
@@ -125,13 +125,20 @@ def _display_size(stream, frame) -> tuple[int, int]:
   return max(round(frame.width * aspect), 1), frame.height
 
 
-def _picture(frame, size: tuple[int, int]) -> np.ndarray:
+def _picture(frame, size: tuple[int, int], path) -> np.ndarray:
   """RGB, upright."""
+  import av.error
+
   turns = round(frame.rotation / 90) % 4
   width, height = size
-  if (frame.width, frame.height) != size:
-    frame = frame.reformat(width=width, height=height, format="rgb24")
-  return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+  try:
+    if (frame.width, frame.height) != size:
+      frame = frame.reformat(width=width, height=height, format="rgb24")
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+  except (av.error.FFmpegError, ValueError, MemoryError) as error:
+    raise UserError(
+      f"{path} holds pictures that cannot be converted ({frame.format.name}): re-encode it"
+    ) from error
 
 
 def read_audio(
@@ -147,10 +154,10 @@ def read_audio(
     UserError: missing, no sound in it, 0 s long, cut off or not decodable.
   """
   with _open(path) as container:
-    _require_whole_riff(path)
     if not container.streams.audio:
       raise UserError(f"{path} holds no sound: give a file with an audio track")
     stream = container.streams.audio[0]
+    _require_codec(stream, path)
     film = next(_moving(container), None)
     begin_s = None if film is None else _begin_s(path)
     samples = array.array("f")  # grows in place
@@ -196,8 +203,10 @@ def _placed(
   def take(frames) -> Iterator[np.ndarray]:
     nonlocal written, skip
     for out in frames:
-      # "mono" would weigh channels by a surround matrix; their mean cannot clip.
-      chunk = np.clip(np.nan_to_num(out.to_ndarray().mean(axis=0, dtype=np.float32)), -1, 1)
+      # "mono" would weigh channels by a surround matrix; their mean cannot clip. Interleaved: PyAV
+      # reads beyond its arrays where more than eight channels lie apart.
+      channels = out.to_ndarray().reshape(-1, out.layout.nb_channels)
+      chunk = np.clip(np.nan_to_num(channels.mean(axis=1, dtype=np.float32)), -1, 1)
       left_out = min(skip, len(chunk))
       skip -= left_out
       chunk = chunk[left_out : int(min(left_out + most - written, len(chunk)))]
@@ -228,7 +237,7 @@ def _placed(
         if apart > 0:
           written += apart
           yield np.zeros(apart, np.float32)
-        resampler, form, due_s = av.AudioResampler(format="fltp", rate=rate), shape, time_s
+        resampler, form, due_s = av.AudioResampler(format="flt", rate=rate), shape, time_s
       assert resampler is not None
       yield from take(resampler.resample(frame))
       due_s += frame.samples / frame.sample_rate
@@ -390,17 +399,19 @@ def _open(path) -> "av.container.InputContainer":
   _require_file(path)
   try:
     # A file whatever its name: "concat:" or "http:" in a name must not reach the protocols.
-    return av.open(f"file:{os.fspath(path)}", metadata_errors="ignore")
+    container = av.open(f"file:{os.fspath(path)}", metadata_errors="ignore")
   except PermissionError as error:
     raise UserError(f"{path} cannot be read: check its permissions") from error
   except av.error.FFmpegError as error:
     raise UserError(
       f"{path} is not a sound or video file, or is cut off at its start or end: check the file"
     ) from error
+  _require_whole_riff(path)
+  return container
 
 
 def _require_whole_riff(path) -> None:
-  """A WAV file states its size at its head; decoders pass over what lacks."""
+  """WAV and AVI files state their size at their head; decoders pass over what lacks."""
   with open(path, "rb") as file:
     head = file.read(8)
   stated, there = int.from_bytes(head[4:8], "little") + 8, os.path.getsize(path)
@@ -424,12 +435,20 @@ def _video_stream(container, path):
   stream = next(_moving(container), None)
   if stream is None or name.endswith("_pipe") or name in ("image2", "tty"):
     raise UserError(f"{path} is not a video: give a file with moving pictures")
+  _require_codec(stream, path)
   if stream.width * stream.height > _LARGEST_PX:
     raise UserError(
       f"{path} has pictures of {stream.width} x {stream.height} pixels: scale it to 4k or less"
     )
   stream.thread_type = "AUTO"
   return stream
+
+
+def _require_codec(stream, path) -> None:
+  if stream.codec_context is None:
+    raise UserError(
+      f"{path} is damaged, or its {stream.type} of a kind that cannot be decoded: re-encode it"
+    )
 
 
 def _duration_s(container, stream) -> float | None:
@@ -446,6 +465,7 @@ def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
   import av.error
 
   count, reached_s, packets, bad = 0, 0.0, 0, 0
+  last_s = 0.0  # where any of the file's streams ends
 
   def cut_off(found) -> UserError:
     unit = f"{count} frames" if stream.type == "video" else f"{reached_s:.1f} s of sound"
@@ -455,7 +475,11 @@ def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
     )
 
   try:
-    for packet in container.demux(stream):
+    for packet in container.demux():
+      if packet.pts is not None and packet.time_base:
+        last_s = max(last_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+      if packet.stream.index != stream.index:
+        continue
       packets += 1
       try:
         frames = packet.decode()
@@ -474,11 +498,13 @@ def _decode(container, stream, path, *, check_end: bool = True) -> Iterator:
             length_s = float(frame.duration * frame.time_base)
           reached_s = max(reached_s, frame.time + length_s)
         yield frame
-  except (av.error.FFmpegError, MemoryError) as error:
-    raise cut_off("") from error
-  if check_end and stream.duration:
-    # Only where the stream itself states its length: a container's is that of its longest.
-    whole_s = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+  except (av.error.FFmpegError, MemoryError, IndexError) as error:
+    raise cut_off("") from error  # IndexError: of PyAV, where streams appear midway
+  if check_end:
+    if stream.duration:
+      whole_s = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    else:  # a container's is that of its longest stream
+      whole_s, reached_s = (container.duration or 0) / 1e6, last_s
     if whole_s - reached_s > max(_MISSING_S, 0.01 * whole_s):
       raise cut_off(f" after {reached_s:.1f} of {whole_s:.1f} s")
   if bad:

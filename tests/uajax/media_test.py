@@ -113,7 +113,7 @@ def test_rotated_films_are_upright(tmp_path):
   assert np.abs(back[0] - upright).mean() < 6
 
 
-@pytest.mark.parametrize("rate, channels", [(8000, 1), (44_100, 2), (48_000, 6)])
+@pytest.mark.parametrize("rate, channels", [(8000, 1), (44_100, 2), (48_000, 6), (48_000, 16)])
 def test_any_sound_becomes_16_khz_mono(tmp_path, rate, channels):
   path = tmp_path / "sound.wav"
   sound = chirp(1.0, rate)

@@ -399,6 +399,10 @@ def _look(steps: _Steps, info: media.VideoInfo, landmarker: landmarks.Landmarker
         " face is seen from the front for at least 2 s"
       )
     table = np.stack(points)
+    if spans.is_still(table):
+      raise UserError(
+        f"the face in {video} never moves: give a video of a person speaking, not a still picture"
+      )
     boxes = np.concatenate([table[:, :468, :2].min(1), table[:, :468, :2].max(1)], 1)
     there = np.isfinite(boxes).all(1)
     yaw = np.zeros(len(table))
@@ -509,7 +513,8 @@ def _track(steps: _Steps, plan: Plan, read: Read, mesh: landmarks.Mesh) -> track
     progress = Progress("track the head", track.steps(focal_px))
     fitted = track.fit(
       read.points, read.scores, plan.used, mesh, plan.size, plan.size,
-      focal_px=focal_px, advance=progress.advance,
+      focal_px=focal_px, cuts=np.isin(np.arange(plan.frames), plan.begins),
+      advance=progress.advance,
     )  # fmt: skip
     progress.close(
       f"focal length {fitted.focal_px:.0f} px, reprojection {fitted.reprojection_px:.2f} px, "
@@ -616,7 +621,7 @@ def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speec
     parser=PARSER if steps.models.parser is None else None, tracked=tracked, offset=offset,
     moved=move, measures=measures, units=units, shares=layers["shares"],
     overlaps=layers["overlaps"], teeth=layers["teeth"], seen=float(layers["seen"]),
-    longest_s=settings.limit_s or LONGEST_S, took=steps.took, speech=speech,
+    took=steps.took, speech=speech,
   )  # fmt: skip
   document = report.describe(found)
   with folder.writer(steps.work / "subject") as writer:

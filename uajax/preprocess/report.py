@@ -57,7 +57,6 @@ class Found(NamedTuple):
   overlaps: Float[np.ndarray, " u"]  # of the head with that of the frame before; NaN at cuts
   teeth: Bool[np.ndarray, " u"]  # whether any are seen
   seen: float  # share of the background that was seen
-  longest_s: float  # where reading would have ended, had the user not said
   took: dict[str, float]  # seconds by step
 
   @property
@@ -133,9 +132,9 @@ def _warn(document: dict[str, Any], found: Found) -> list[str]:
       f"only {used_s:.0f} s of speech: sounds that are rare in it will be shaped"
       " roughly; a minute or more is better"
     )
-  if frames["all"] >= found.longest_s * FPS and found.info.duration_s > found.longest_s + 1:
+  if found.settings["limit_s"] is None and found.info.duration_s > frames["all"] / FPS + 1:
     out.append(
-      f"only the first {found.longest_s / 60:.0f} minutes were read (of"
+      f"only the first {frames['all'] / FPS / 60:.0f} minutes were read (of"
       f" {found.info.duration_s / 60:.0f}): more hardly helps; --limit-s sets another length"
     )
   out += _warn_of_spans(document)
@@ -313,7 +312,7 @@ def draw_sheet(
     colours = _read(pictures / "parsing" / f"{f}.png", "RGB")
     teeth = np.load(pictures / "teeth_mask" / f"{f}.npy", allow_pickle=False)
     classes = np.zeros(teeth.shape, np.uint8)
-    for label, colour in enumerate(folder.COLOURS):
+    for label, colour in folder.COLOURS.items():
       classes[(colours == colour).all(-1)] = label
     for column, picture in zip(
       sheet.values(),

@@ -4,7 +4,7 @@ A shot ends where the picture changes at once. Shots that show the same surround
 scene; only one scene has one background plate, so one is used: the scene and the face in it that
 last longest. Frames left out keep their numbers (method.md Q60).
 
-Axes: f frames, h w pixels.
+Axes: f frames, p landmarks, h w pixels.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ CUT = 14.0  # mean change of a thumbnail's values (0..255) at a cut, and
 CUT_RATIO = 4.0  # how much more that is than the changes before it
 SAME_SCENE = 14.0  # mean difference of thumbnails around the person, within a scene
 PROFILE_DEG = 60.0  # turned farther, the landmarks of the far half are guessed
+STILL = 0.002  # mean motion of landmarks from frame to frame, in faces; who speaks moves 5 times it
 LEAST_RUN = 5  # frames; shorter runs between others are chance finds
 
 USED, NO_FACE, OTHER_SCENE, OTHER_FACE, PROFILE, TOO_SHORT = range(6)
@@ -116,6 +117,14 @@ def judge(
     if end - begin < LEAST_RUN:
       out[begin:end] = TOO_SHORT
   return out
+
+
+def is_still(points: Float[np.ndarray, "f p 3"]) -> bool:
+  """Whether a face, NaN where it is not seen, hardly ever moves: a photograph."""
+  moves = np.linalg.norm(np.diff(points[:, :468, :2], axis=0), axis=2).mean(1)
+  sizes = np.ptp(points[1:, :468, 1], axis=1)
+  share = (moves / np.maximum(sizes, 1e-6))[np.isfinite(moves)]
+  return len(share) > 0 and float(np.percentile(share, 95)) < STILL
 
 
 def runs(mask: Bool[np.ndarray, " f"], begins: Sequence[int] = ()) -> list[tuple[int, int]]:

@@ -6,7 +6,8 @@ saw, plus directions in which its points move with the blendshape scores. Pose, 
 directions are fitted in turn by Gauss-Newton steps on the landmarks' reprojection, with weights
 that fall for landmarks and frames that do not fit (so mouth, lids and brows hardly turn the
 head), and poses of neighbouring frames are tied by a penalty on their acceleration. The focal
-length is the one with which the whole fits best.
+length is found beforehand, with all the others at once, on a sample of the frames (bundle
+adjustment); where the head hardly turns the frames say little of it, and what is usual wins.
 
 World: metres, x to the picture's right when the head looks at the camera, y up, z out of the
 face; the origin is the middle of the head. Camera: OpenCV axes.
@@ -40,6 +41,9 @@ DIRECTIONS = 12
 SETTLE_ROUNDS = 10
 STILL_M = 0.0002  # motion of a landmark below which it counts as still
 SHAPE_FRAMES = 1500
+BUNDLE_FRAMES = 100
+SURE = 0.5  # of the noise: no landmark counts for surer, since the network errs alike in all frames
+FREEDOM = 20  # landmark errors of one frame are as alike as so many free numbers allow
 FOCAL_PRIOR = (2.4, 0.3)  # of image widths, and its spread in the logarithm
 
 
@@ -56,6 +60,7 @@ class Track(NamedTuple):
   held_out_px: float  # RMS of still landmarks that the pose was fitted without
   jitter_px: float  # RMS motion above JITTER_HZ of points fixed to the head
   raw_jitter_px: float  # the same, were poses not tied in time
+  focal_spread: float = 0.0  # standard deviation of the focal length's logarithm; 0: it was given
 
 
 def fit(
@@ -67,7 +72,8 @@ def fit(
   height: int,
   *,
   focal_px: float | None = None,
-  rounds: int = 6,
+  cuts: Bool[np.ndarray, " f"] | None = None,
+  rounds: int = 2,
   advance=lambda: None,
 ) -> Track:
   """Fits camera, face and poses to landmarks in pixels.
@@ -80,7 +86,8 @@ def fit(
     width: of the picture.
     height: of the picture.
     focal_px: the camera's, if known; else it is searched.
-    rounds: of fitting pose and shape in turn.
+    cuts: frames that new shots begin with: poses are not tied over them.
+    rounds: of fitting pose and shape in turn to all frames, after the bundle adjustment.
     advance: called after each of `steps(focal_px)` pieces of work.
 
   Returns:
@@ -92,17 +99,17 @@ def fit(
   prior = _start_shape(points, seen, mesh)
   still = _stillness(mesh)
   coefficients = _compress(scores, present)
-  problem = _Problem(pixels, present, prior, still, coefficients, noise, breaks(points, present))
-  if focal_px is None:
-    few = seen[np.unique(np.linspace(0, len(seen) - 1, min(60, len(seen))).astype(int))]
-    sample = problem.pick(few)
-    grid = width * np.geomspace(1.2, 5.0, 7)
-    costs = []
-    for focal in grid:
-      costs.append(_solve(sample, float(focal), 4).cost)
-      advance()
-    focal_px = _lowest(np.log(grid), np.array(costs), width)
-  solution = _solve(problem, focal_px, rounds)
+  jumps = breaks(points, present)
+  jumps = jumps if cuts is None else jumps | cuts
+  problem = _Problem(pixels, present, prior, still, coefficients, noise, jumps)
+  few = seen[np.unique(np.linspace(0, len(seen) - 1, BUNDLE_FRAMES).astype(int))]
+  sample = problem.pick(few)
+  begun = _solve(sample, _begin(sample, focal_px or FOCAL_PRIOR[0] * width), 3)
+  advance()
+  prior = None if focal_px else (float(np.log(FOCAL_PRIOR[0] * width)), FOCAL_PRIOR[1])
+  bundle, spread = _bundle(sample, begun, prior, _bundle_rounds(focal_px), advance)
+  start = _start_poses(pixels, present, bundle.shape, still, bundle.focal_px)
+  solution = _solve(problem, bundle._replace(poses=start), rounds)
   advance()
 
   # Poses fitted to nine tenths of the landmarks, measured on the rest.
@@ -118,7 +125,7 @@ def fit(
   viewmats = np.tile(np.eye(4), (len(points), 1, 1))
   viewmats[:, :3, :3], viewmats[:, :3, 3] = solution.poses
   return Track(
-    focal_px=focal_px,
+    focal_px=solution.focal_px,
     viewmats=viewmats,
     shape=solution.shape,
     directions=solution.directions,
@@ -126,14 +133,15 @@ def fit(
     weights=solution.weights,
     reprojection_px=_rms(problem, solution, solution.weights),
     held_out_px=held_out,
-    jitter_px=jitter(project(head, viewmats, focal_px, width, height)[whole]),
-    raw_jitter_px=jitter(_project(head, raw.rotations, raw.translations, focal_px)[whole]),
+    jitter_px=jitter(project(head, viewmats, solution.focal_px, width, height)[whole]),
+    raw_jitter_px=jitter(_project(head, raw.rotations, raw.translations, solution.focal_px)[whole]),
+    focal_spread=spread,
   )
 
 
 def steps(focal_px: float | None) -> int:
   """How often `fit` calls `advance`."""
-  return 2 if focal_px else 9
+  return _bundle_rounds(focal_px) + 3
 
 
 def project(
@@ -207,7 +215,6 @@ class _Solution(NamedTuple):
   shape: Float[np.ndarray, "p 3"]
   directions: Float[np.ndarray, "k p 3"]
   weights: Float[np.ndarray, " p"]
-  cost: float
 
 
 class _Problem(NamedTuple):
@@ -231,24 +238,135 @@ class _Problem(NamedTuple):
     )
 
 
-def _solve(problem: _Problem, focal: float, rounds: int) -> _Solution:
-  """Pose and shape in turn, from the average face."""
-  start = _start_poses(problem.pixels, problem.present, problem.prior, problem.still, focal)
+def _begin(problem: _Problem, focal: float) -> _Solution:
+  """The average face, as it lies."""
+  poses = _start_poses(problem.pixels, problem.present, problem.prior, problem.still, focal)
   nothing = np.zeros((problem.coefficients.shape[1], *problem.prior.shape))
-  now = _Solution(focal, start, problem.prior, nothing, problem.still, np.inf)
+  return _Solution(focal, poses, problem.prior, nothing, problem.still)
+
+
+def _solve(problem: _Problem, now: _Solution, rounds: int) -> _Solution:
+  """Pose and shape in turn, `rounds` times; the focal length stays."""
   every = np.ones(len(problem.still))
   for _ in range(rounds):
     now = now._replace(poses=_smooth(problem, _pose(problem, now, every)))
     shape, directions = _shape(problem, now)
     now = now._replace(shape=shape, directions=directions)
     now = now._replace(weights=_reweigh(problem, now))
-  now = now._replace(poses=_smooth(problem, _pose(problem, now, every)))
-  residual = _residuals(problem, now) / problem.noise
-  robust = np.log1p((residual**2).sum(-1)) * problem.still[None]
-  data = robust[problem.present].sum() / MEMORY_FRAMES
-  drift = ((now.shape - problem.prior) ** 2).sum() / SHAPE_SPREAD_M**2
-  # Points of a face deviate together, as about ten free numbers would.
-  return now._replace(cost=float(data + 0.02 * drift))
+  return now._replace(poses=_smooth(problem, _pose(problem, now, every)))
+
+
+def _bundle_rounds(focal_px: float | None) -> int:
+  return 5 if focal_px else 10
+
+
+def _bundle(
+  problem: _Problem,
+  now: _Solution,
+  prior: tuple[float, float] | None,
+  rounds: int,
+  advance=lambda: None,
+) -> tuple[_Solution, float]:
+  """Focal length, poses, shape and directions at once: bundle adjustment.
+
+  Fitted in turn, they would creep along the valley where a longer lens, a flatter face and wider
+  turns look alike. Gauss-Newton with the landmarks' unknowns eliminated (Schur complement). A
+  landmark counts by how far it strays from the fit, but never for surer than the network is.
+
+  Args:
+    problem: some frames of the clip, with faces.
+    now: where to begin.
+    prior: of the focal length's logarithm, mean and standard deviation; None keeps the focal.
+    rounds: of Gauss-Newton.
+    advance: called after each.
+
+  Returns:
+    The solution and the standard deviation of the focal length's logarithm.
+  """
+  frames, count = problem.pixels.shape[:2]
+  basis = np.concatenate([np.ones((frames, 1)), problem.coefficients], 1)
+  q = basis.shape[1]
+  firm = np.empty((count, q, 3))
+  spread_m = MOVING_SPREAD_M * np.clip(1 - problem.still, 0.1, 1.0)
+  firm[:, 1:] = 1 / spread_m[:, None, None] ** 2
+  target = np.zeros((count, q, 3))
+  target[:, 0] = problem.prior
+  sure = 0.0
+  for _ in range(rounds):
+    focal = now.focal_px
+    faces = np.concatenate([now.shape[:, None], now.directions.transpose(1, 0, 2)], 1)  # p q 3
+    deviation = np.sqrt(((now.shape - problem.prior) ** 2).mean())
+    firm[:, 0] = 1 / max(SHAPE_SPREAD_M, deviation) ** 2
+    rotations, translations = now.poses
+    turned = np.einsum(
+      "fab,fpb->fpa", rotations, np.einsum("fq,pqc->fpc", basis, faces, optimize=True)
+    )
+    at = turned + translations[:, None]
+    x, y, z = at[..., 0], at[..., 1], np.maximum(at[..., 2], 1e-2)
+    by_focal = focal * at[..., :2] / z[..., None]
+    residual = by_focal - problem.pixels
+    square = (residual**2).sum(-1)
+    noise = square.mean(0) / 2 + (SURE * problem.noise) ** 2
+    outlier = np.median(square, axis=0) + (SURE * problem.noise) ** 2
+    weight = 1 / noise / MEMORY_FRAMES / (1 + square / (9 * outlier))
+
+    zero = np.zeros_like(z)
+    by_point = (focal / z)[..., None, None] * np.stack(
+      [np.stack([zero + 1, zero, -x / z], -1), np.stack([zero, zero + 1, -y / z], -1)], -2
+    )  # f p 2 3
+    a, b, c = (turned[..., i] for i in range(3))
+    cross = np.stack(
+      [np.stack([zero, c, -b], -1), np.stack([-c, zero, a], -1), np.stack([b, -a, zero], -1)], -2
+    )
+    by_pose = np.concatenate([by_point @ cross, by_point], -1)  # f p 2 6
+    by_face = by_point @ rotations[:, None]
+
+    # Unknowns: 6 a frame and the focal length; 3 q a landmark, which are eliminated.
+    own = np.einsum("fp,fpia,fpib->fab", weight, by_pose, by_pose, optimize=True)
+    pull = np.einsum("fp,fpia,fpi->fa", weight, by_pose, residual, optimize=True).reshape(-1)
+    lhs = scipy.linalg.block_diag(*own, np.zeros((1, 1)))
+    rhs = np.append(pull, np.einsum("fp,fpi,fpi->", weight, by_focal, residual))
+    lhs[-1, :-1] = np.einsum("fp,fpia,fpi->fa", weight, by_pose, by_focal, optimize=True).ravel()
+    lhs[-1, -1] = np.einsum("fp,fpi,fpi->", weight, by_focal, by_focal)
+    face = np.einsum("fp,fpia,fpib->fpab", weight, by_face, by_face, optimize=True)
+    face = np.einsum("fq,fr,fpab->pqarb", basis, basis, face, optimize=True)
+    face = face.reshape(count, 3 * q, 3 * q) + firm.reshape(count, -1)[:, :, None] * np.eye(3 * q)
+    tug = np.einsum("fq,fp,fpia,fpi->pqa", basis, weight, by_face, residual, optimize=True)
+    tug = (tug + firm * (faces - target)).reshape(count, -1, 1)
+    both = np.einsum("fp,fpia,fpib->fpab", weight, by_pose, by_face, optimize=True)
+    both = np.einsum("fq,fpab->pqbfa", basis, both).reshape(count, 3 * q, -1)
+    last = np.einsum("fq,fp,fpi,fpib->pqb", basis, weight, by_focal, by_face, optimize=True)
+    both = np.concatenate([both, last.reshape(count, -1, 1)], -1)
+    if prior is None:
+      lhs[-1], rhs[-1], both[..., -1] = 0.0, 0.0, 0.0
+      lhs[-1, -1] = 1.0
+    else:  # all landmarks err together, as a few free numbers would
+      lhs[-1, -1] += count / FREEDOM / prior[1] ** 2
+      rhs[-1] += count / FREEDOM * (np.log(focal) - prior[0]) / prior[1] ** 2
+    lhs[:-1, -1] = lhs[-1, :-1]
+    half = np.linalg.solve(np.linalg.cholesky(face), np.concatenate([both, tug], -1))
+    half = half.reshape(-1, half.shape[-1])
+    inner = half.T @ half
+    lhs = lhs + np.diag(1e-8 * np.diag(lhs) + 1e-9) - inner[:-1, :-1]
+    rhs = rhs - inner[:-1, -1]
+    step = -np.linalg.solve(lhs, rhs)
+    shift = np.linalg.solve(face, tug + (both @ step)[..., None])[..., 0]
+    faces = faces - shift.reshape(count, q, 3)
+    sure = lhs[-1, -1] - lhs[-1, :-1] @ np.linalg.solve(lhs[:-1, :-1], lhs[:-1, -1])
+
+    moves = np.clip(step[:-1].reshape(frames, 6), -0.2, 0.2)
+    rotations = np.stack([_rotation(w) for w in moves[:, :3]]) @ rotations
+    weights = problem.still * np.clip(np.median(noise) / noise, 0, 1)
+    directions = _settle(faces[:, 1:].transpose(1, 0, 2), _rigid_motions(faces[:, 0]), weights)
+    now = _Solution(
+      float(focal * np.exp(np.clip(step[-1], -0.15, 0.15))),
+      _Poses(rotations, translations + moves[:, 3:]), faces[:, 0], directions, weights,
+    )  # fmt: skip
+    raw = _pose(problem, now, np.ones(count))  # what left the directions goes into the poses
+    now = now._replace(poses=_Poses(raw.rotations, raw.translations))
+    advance()
+  spread = 0.0 if prior is None else float(np.sqrt(count / FREEDOM / max(sure, 1e-9)))
+  return now, spread
 
 
 @functools.partial(jax.jit, static_argnames=("iterations",))
@@ -539,16 +657,6 @@ def _compress(scores, present) -> Float[np.ndarray, "f k"]:
   out = np.zeros((len(scores), int(keep.sum())))
   out[present] = (used - mean) @ vt[keep].T / np.maximum(spread, 1e-6)
   return np.clip(out, -6, 6)
-
-
-def _lowest(x, costs, width) -> float:
-  """Focal length of the lowest cost, by a parabola through it and its neighbours."""
-  costs = costs + 0.5 * ((x - np.log(FOCAL_PRIOR[0] * width)) / FOCAL_PRIOR[1]) ** 2
-  best = int(np.clip(np.argmin(costs), 1, len(x) - 2))
-  a, b, c = costs[best - 1 : best + 2]
-  bend = a - 2 * b + c
-  move = 0.5 * (a - c) / bend if bend > 0 else 0.0
-  return float(np.exp(x[best] + np.clip(move, -1, 1) * (x[1] - x[0])))
 
 
 def _longest_run(present) -> slice:
