@@ -300,7 +300,8 @@ def _capacity(splats, viewmats, Ks, probe, config, settings):
   except jax.errors.ConcretizationTypeError:
     n, cameras = splats[0].shape[0], viewmats.shape[0]
     tiles = binning.grid(settings["width"], settings["height"], config.tile)
-    needed = cameras * min(config.pairs * n, 2 * n + FREE, tiles.columns * tiles.rows * n)
+    guess = max(config.pairs * n, config.least)
+    needed = cameras * min(guess, 2 * n + FREE, tiles.columns * tiles.rows * n)
   needed = min(needed, ROOM)
   # A few sizes only, so that growing scenes compile anew but seldom.
   step = 2 ** max(10, math.ceil(math.log2(max(needed, 1))) - 2)

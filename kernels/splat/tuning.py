@@ -22,6 +22,7 @@ class Config:
     backend: of `pallas`: "mosaic" (NVIDIA, Hopper and later), "tpu", or for tests on any
       device, slowly, "interpret" and "tpu interpret".
     pairs: tiles a splat touches, guessed generously where nobody says and none can be counted.
+    least: pairs guessed however few splats there are: they may be large.
   """
 
   tile: tuple[int, int] = (16, 8)
@@ -30,14 +31,15 @@ class Config:
   group: int = 1024
   backend: str = "interpret"
   pairs: int = 16
+  least: int = 0
 
 
 # Platform and implementation: settings.
 TUNED = {
     ("cpu", "xla"): Config(tile=(8, 8), block=32, group=64, pairs=32),
     ("cpu", "pallas"): Config(backend="interpret"),
-    ("gpu", "xla"): Config(tile=(16, 16), block=32, group=2048),
-    ("gpu", "pallas"): Config(backend="mosaic", coarse=(16, 32)),
+    ("gpu", "xla"): Config(tile=(16, 16), block=32, group=2048, least=2**18),
+    ("gpu", "pallas"): Config(backend="mosaic", coarse=(16, 32), least=2**18),
     ("tpu", "pallas"): Config(tile=(16, 16), block=128, group=1, backend="tpu"),
 }
 # The kernels for TPUs have been lowered and interpreted but never run, hence none for "tpu".

@@ -2,7 +2,8 @@
 
 The picture asks for more splats where the screen-space gradient of one is large: a small one is
 cloned, a large one split in two. Faint and oversized ones go. Arrays keep their size: a dead slot
-is one that may be filled. What could not be placed is counted, and the loop then doubles the slots.
+is one that may be filled. What could not be placed is counted, and the loop then doubles the slots;
+where most are dead it halves them.
 Axes: n slots.
 """
 
@@ -129,6 +130,19 @@ def double(tree, slots: int):
     return leaf
 
   return jax.tree.map(pad, tree)
+
+
+def compact(tree, alive: Alive, fewer: int):
+  """The same in the first `fewer` slots alone, which is to be no less than what lives.
+
+  Every leaf with as many rows as `alive` is reordered: what lives comes first, as it stood.
+  """
+  order = jnp.argsort(~alive, stable=True)[:fewer]
+
+  def take(leaf):
+    return leaf[order] if leaf.ndim and leaf.shape[0] == alive.shape[0] else leaf
+
+  return jax.tree.map(take, tree)
 
 
 def _inverse_softplus(x):

@@ -38,6 +38,7 @@ from uajax.train.step import (
 from uajax.types import Frame
 
 GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
+FEWEST_SLOTS = 128  # what a program of the fusion's kernels takes at once
 _log = logging.getLogger("uajax")
 
 
@@ -209,6 +210,8 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         step < stage.densify.until or (stage.name == "face" and step < stage.steps)):
       state, changed = grow_and_prune(experiment, stage, state, fed.material, key)
       state = _with_room(stage, state, changed)
+    if stage.name != "fuse" and step in turning_points(stage):
+      state = _without_spare_room(stage, state)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
       took = time.monotonic() - began
@@ -309,6 +312,25 @@ def _with_room(stage: Stage, state: State, change: densify.Change) -> State:
     avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
     opt=state.opt | {"splats": densify.double(state.opt["splats"], slots)},
     stats=densify.no_stats(2 * slots))
+
+
+def _without_spare_room(stage: Stage, state: State) -> State:
+  """Half the slots, and half of those, while that leaves half as many again as are used.
+
+  A step costs what its slots cost. It is asked only where another program takes over anyway.
+  """
+  layer = getattr(state.avatar, stage.name)
+  slots = fewer = layer.alive.shape[0]
+  used = int(layer.alive.sum())
+  while fewer % (2 * FEWEST_SLOTS) == 0 and fewer >= 3 * used:
+    fewer //= 2
+  if fewer == slots:
+    return state
+  fit = functools.partial(densify.compact, alive=layer.alive, fewer=fewer)
+  splats, alive = fit((layer.splats, layer.alive))
+  return state.replace(
+    avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
+    opt=state.opt | {"splats": fit(state.opt["splats"])}, stats=fit(state.stats))
 
 
 def _with_capacity(stage: Stage, state: State, at: runs.Progress, overflow: float):

@@ -90,6 +90,13 @@ def test_doubling_keeps_what_lives():
   np.testing.assert_array_equal(more.means[:9], splats.means)
 
 
+def test_compaction_keeps_what_lives_in_its_order():
+  alive = jnp.arange(12) % 3 == 1
+  rows, other = densify.compact((jnp.arange(24).reshape(12, 2), jnp.arange(5)), alive, 6)
+  np.testing.assert_array_equal(rows[:4, 0], [2, 8, 14, 20])
+  assert rows.shape == (6, 2) and other.shape == (5,)
+
+
 def test_demotion_makes_smaller_not_larger():
   splats, alive = population(scale_m=4e-3)
   small = densify.demote(splats, jnp.zeros_like(alive).at[1].set(True))

@@ -21,7 +21,7 @@ from tests.uajax.lpips_test import made_up_lpips
 from uajax import config, runs
 from uajax.data import folder, loader
 from uajax.errors import Stopped, UserError
-from uajax.train import loop
+from uajax.train import bench, loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -124,6 +124,25 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
   totals = [json.loads(line)["total"]
             for line in (path / "metrics.jsonl").read_text().splitlines()]
   assert totals == list(range(2, 19, 2)), "no line is lost or doubled"
+
+
+def test_slots_that_nothing_lives_in_are_given_up():
+  tiny = experiment()
+  whole = bench.dummy(tiny, 300, 100)
+  alive = jnp.arange(512) % 7 == 0  # 74 of 512
+  whole = whole.replace(face=whole.face.replace(alive=alive & whole.face.alive))
+  state = loop._enter(whole, tiny.face)
+  mu = jax.tree.map(lambda leaf: jnp.arange(float(leaf.size)).reshape(leaf.shape),
+                    state.opt["splats"])
+  fitted = loop._without_spare_room(tiny.face, state.replace(opt=state.opt | {"splats": mu}))
+  layer, before = fitted.avatar.face, whole.face.alive
+  assert layer.alive.shape == (128,) == fitted.stats.grad.shape
+  np.testing.assert_array_equal(layer.splats.means[layer.alive], whole.face.splats.means[before])
+  for few, many in zip(jax.tree.leaves(fitted.opt["splats"]), jax.tree.leaves(mu), strict=True):
+    if many.ndim and len(many) == 512:
+      np.testing.assert_array_equal(few[layer.alive], many[before])
+  assert fitted.avatar.mouth is state.avatar.mouth
+  assert loop._without_spare_room(tiny.face, fitted) is fitted
 
 
 def test_frames_read_from_disk_as_training_goes_give_the_same_bits(
