@@ -7,7 +7,7 @@ official behaviour a field can bring back.
 import dataclasses
 from typing import Literal
 
-Audio = Literal["mel", "phones", "deepspeech", "hubert", "wav2vec2"]  # see speech.encoders
+Audio = Literal["mel", "phones", "deepspeech", "esperanto", "hubert", "wav2vec2"]  # speech.encoders
 
 
 @dataclasses.dataclass(frozen=True)

@@ -892,9 +892,9 @@ def _window_file(path: pathlib.Path, audio: Audio) -> pathlib.Path:
 def _window_remedy(path: pathlib.Path, audio: Audio) -> str:
   there = [other for other, name in WINDOWS.items() if (path / name).exists()]
   others = f", or choose --model.audio {' or '.join(there)}" if there else ""
-  if audio == "deepspeech":
+  if encoders.KINDS[audio].elsewhere:
     return f"the official preprocessing makes it{others}"
-  weights = " --audio-weights FOLDER" if encoders.KINDS[audio].models else ""
+  weights = " --audio-weights FOLDER" if encoders.KINDS[audio].model else ""
   return f"run `uajax extract {path} --audio {audio}{weights}`{others}"
 
 

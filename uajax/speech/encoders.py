@@ -36,16 +36,24 @@ class Kind(NamedTuple):
   width: int  # steps of a window
   channels: int | None  # of a step; None: as many as the weights have
   rate_hz: int  # steps a second
-  models: tuple[str, ...] = ()  # `model_type` of the Hugging Face weights that make it
+  model: str = ""  # `model_type` of the Hugging Face weights that make it
+  elsewhere: str = ""  # what makes it, where that is not done here
 
 
 KINDS: dict[Audio, Kind] = {
   "mel": Kind("log-mel spectra", "aud_mel.npy", 16, 80, 80),
   "phones": Kind("phone posteriors", "aud_phones.npy", 16, 42, 50),
-  "deepspeech": Kind("DeepSpeech logits", "aud_ds.npy", 16, 29, 50),
-  "hubert": Kind("HuBERT features", "aud_hu.npy", 2, None, 50, ("hubert",)),
-  "wav2vec2": Kind("wav2vec2 features", "aud_w2v.npy", 2, None, 50, ("wav2vec2",)),
-}
+  "deepspeech": Kind(
+    "DeepSpeech logits", "aud_ds.npy", 16, 29, 50,
+    elsewhere="the TensorFlow graph deepspeech-0_1_0-b90017e8.pb",
+  ),
+  "esperanto": Kind(
+    "Esperanto's wav2vec logits", "aud_eo.npy", 16, 44, 50,
+    elsewhere="a wav2vec2-large-xlsr-53 that knows Esperanto",
+  ),
+  "hubert": Kind("HuBERT features", "aud_hu.npy", 2, None, 50, "hubert"),
+  "wav2vec2": Kind("wav2vec2 features", "aud_w2v.npy", 2, None, 50, "wav2vec2"),
+}  # fmt: skip
 VERSION = 1  # of the records; another one where the same weights give other windows
 
 _PIECE, _MARGIN = 900, 50  # steps of a recording heard at a time, and of them at ends not kept
@@ -67,20 +75,20 @@ def make(kind: Audio, weights: str | os.PathLike | None = None) -> Encoder:
 
   Raises:
     UserError: it wants weights, was given some that it does not want or cannot use, needs a
-      package that is not installed, or cannot be computed here (DeepSpeech).
+      package that is not installed, or is not computed here.
   """
   known = KINDS[kind]
-  if kind == "deepspeech":
+  if known.elsewhere:
     raise UserError(
-      "DeepSpeech logits are not computed here, only read: make them with the official "
-      "preprocessing (TensorFlow graph deepspeech-0_1_0-b90017e8.pb) as .npy [frames, 16, 29]; "
-      f"for training put them into the subject folder as {known.file}, for speech to be said "
-      "give them with --audio-windows"
+      f"{known.name} are not computed here, only read: make them by the official preprocessing, "
+      f"with {known.elsewhere}, as .npy [frames, {known.width}, {known.channels}]; for training "
+      f"put them into the subject folder as {known.file}, for speech to be said give them with "
+      "--audio-windows"
     )
-  if known.models:
+  if known.model:
     if weights is None:
       raise UserError(
-        f"{known.name} want weights: give the folder of a Hugging Face {known.models[0]} model "
+        f"{known.name} want weights: give the folder of a Hugging Face {known.model} model "
         "(config.json with model.safetensors or pytorch_model.bin) with --audio-weights"
       )
     return _transformer(kind, pathlib.Path(weights))
@@ -155,7 +163,7 @@ def recalled(
   if encoder.made_with["model"] != model:
     raise UserError(
       f"the subject was heard with {model}, this is {encoder.made_with['model']}: give the same"
-      f"{' weights with --audio-weights' if KINDS[kind].models else ' version'}, or extract and"
+      f"{' weights with --audio-weights' if KINDS[kind].model else ' version'}, or extract and"
       " train again"
     )
   return encoder
@@ -189,8 +197,7 @@ def _transformer(kind: Audio, folder: pathlib.Path) -> Encoder:
 
   known = KINDS[kind]
   config, params = wav2vec2.load(folder)
-  (model,) = known.models
-  raw = json.loads((folder / "config.json").read_text())
+  model, raw = known.model, json.loads((folder / "config.json").read_text())
   if raw["model_type"] != model:
     raise UserError(f"{folder} holds a {raw['model_type']} model: --audio {kind} wants {model}")
   hop = int(np.prod(config.conv_strides))
