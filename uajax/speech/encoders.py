@@ -231,7 +231,6 @@ def _hidden(config, params, wav: Float[np.ndarray, " s"], steps: int) -> Float32
 
   from uajax.speech import wav2vec2
 
-  net = wav2vec2.Wav2Vec2(config)
   hop, reach = 1, 1  # samples from step to step, and that one step looks at
   for kernel, stride in zip(config.conv_kernels, config.conv_strides, strict=True):
     reach += (kernel - 1) * hop
@@ -240,13 +239,13 @@ def _hidden(config, params, wav: Float[np.ndarray, " s"], steps: int) -> Float32
   wav = np.pad(wav, (0, steps * hop + reach - hop - len(wav))).astype(np.float32)
   piece = min(steps, _PIECE)
   begins = [*range(0, steps - piece, _PIECE - 2 * _MARGIN), steps - piece]
-  apply: Any = jax.jit(lambda params, x: net.apply({"params": params}, x)[0][0])  # pyright: ignore
   params = jax.device_put(params)
   progress = Progress("listen", steps)
   parts: list[np.ndarray] = []
   done = 0
   for begin in begins:
-    heard = np.asarray(apply(params, wav[None, begin * hop : (begin + piece - 1) * hop + reach]))
+    part = wav[None, begin * hop : (begin + piece - 1) * hop + reach]
+    heard = np.asarray(wav2vec2.hidden(config, params, part))[0]
     # The middle of an overlap is where both pieces know equally much.
     end = steps if begin == begins[-1] else begin + piece - _MARGIN
     parts.append(heard[done - begin : end - begin])

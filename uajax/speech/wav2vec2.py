@@ -9,12 +9,14 @@ c convolution channels, d hidden units.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -108,6 +110,15 @@ class Wav2Vec2(nn.Module):
     scores = jnp.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(split[-1])
     mixed = jnp.einsum("bhij,bjhd->bihd", nn.softmax(scores), v)
     return nn.Dense(c.hidden, name=f"out_{i}")(mixed.reshape(x.shape))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(
+  config: Wav2Vec2Config, params: dict, wav: Float[Array | np.ndarray, "b s"]
+) -> Float[Array, "b t d"]:
+  """The last hidden states, in evaluation mode."""
+  last, _ = Wav2Vec2(config).apply({"params": params}, wav)
+  return last
 
 
 def load(folder: str | pathlib.Path) -> tuple[Wav2Vec2Config, dict]:

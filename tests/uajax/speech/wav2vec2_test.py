@@ -36,7 +36,7 @@ def test_both_layouts_compute_their_definition(tmp_path, model_type, large):
   tensors = tiny_model.write(tmp_path, model_type, large=large, torch=large)
   config, params = wav2vec2.load(tmp_path)
   wav = np.random.default_rng(1).normal(size=4000).astype(np.float32)
-  hidden, _ = jax.jit(wav2vec2.Wav2Vec2(config).apply)({"params": params}, wav[None])
+  hidden = wav2vec2.hidden(config, params, wav[None])
   truth = tiny_model.hidden(tensors, wav, large=large)
   assert truth.shape == (config.steps(4000), tiny_model.HIDDEN)
   np.testing.assert_allclose(hidden[0], truth, atol=2e-5)
