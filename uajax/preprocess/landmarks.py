@@ -28,6 +28,7 @@ LANDMARKS = 478
 DETECTOR_SIDE, LANDMARK_SIDE = 128, 256
 MIN_SCORE = 0.5  # of the detector, and of the landmark network that a face is there
 ROI_SCALE = 1.5  # the square is this much larger than what it is drawn around
+CLOSELY_EVERY = 10  # frames without a face after which the detector looks closely
 LOOK_EVERY = 25  # frames after which the detector looks for other faces
 
 # Order of the blendshape network's output.
@@ -141,14 +142,18 @@ class Landmarker:
       ) from error
     self._anchors = _anchors()
 
-  def detect(self, image: UInt8[np.ndarray, "h w 3"]) -> list[Detection]:
+  def detect(
+    self, image: UInt8[np.ndarray, "h w 3"], *, closely: bool = True
+  ) -> list[Detection]:
     """Faces of the picture, the largest first.
 
     The detector sees little of a face smaller than a tenth of its view: where the whole picture
-    shows it none, it looks through smaller squares.
+    shows it none, it looks through smaller squares if told to look `closely`, at ten times the
+    cost.
     """
     h, w = image.shape[:2]
-    for side, across, down in ((max(h, w), 1, 1), (min(h, w), 3, 1), (min(h, w) // 2, 5, 3)):
+    views = ((max(h, w), 1, 1), (min(h, w), 3, 1), (min(h, w) // 2, 5, 3))
+    for side, across, down in views if closely else views[:1]:
       xs = np.linspace(side / 2, w - side / 2, across) if across > 1 else [w / 2]
       ys = np.linspace(side / 2, h - side / 2, down) if down > 1 else [h / 2]
       found = [d for y in ys for x in xs for d in self._detect(image, Roi(x, y, side, 0.0))]
@@ -219,39 +224,49 @@ def follow(
   """
   place: Roi | None = None  # of the face, where it is or was last
   here = False
-  segment = -1
+  segment: int = 0
+  segments: int = 0
   lasted: dict[int, tuple[int, Roi]] = {}  # of the shot: frames and last place of each segment
   for index, (image, cut) in enumerate(frames):
     if cut:
       place, here, lasted = None, False, {}
-    others, points, presence = 0, None, 0.0
+    others = 0
+    points: np.ndarray | None = None
+    presence: float = 0.0
     if here and place is not None:
       points, presence = landmarker.read(image, place)
     missed = presence < MIN_SCORE
     if missed or index % LOOK_EVERY == 0:
-      found = landmarker.detect(image)
+      found = landmarker.detect(image, closely=cut or index % CLOSELY_EVERY == 0)
       others = max(len(found) - 1, 0)
-      best = None
       if missed and found:
         near = place or roi_of_detection(found[0])
-        best = min(found, key=lambda d: _distance(d, near))
+        found.sort(key=lambda d: _distance(d, near))
       elif lasted:
-        main = max(lasted, key=lambda k: lasted[k][0])
-        back = [d for d in found if _is_at(d, lasted[main][1])]
-        best = back[0] if back and main != segment else None
-      if best is not None:
-        points, presence = landmarker.read(image, roi_of_detection(best))
-        if presence >= MIN_SCORE:  # once more through a square drawn around the landmarks
-          points, presence = landmarker.read(image, roi_of_points(points))
-        same = [k for k, (_, roi) in lasted.items() if _is_at(best, roi)]
-        if presence >= MIN_SCORE:
-          segment = max(same, key=lambda k: lasted[k][0]) if same else segment + 1
-          segment = max(segment, 0)
+        main = _longest(list(lasted), lasted)
+        found = [d for d in found if main != segment and _is_at(d, lasted[main][1])]
+      else:
+        found = []
+      for one in found[:3]:  # the detector also takes other things for faces
+        again, sure = landmarker.read(image, roi_of_detection(one))
+        if sure >= MIN_SCORE:  # once more through a square drawn around the landmarks
+          again, sure = landmarker.read(image, roi_of_points(again))
+        if sure >= MIN_SCORE:
+          points, presence = again, sure
+          same = [k for k, (_, roi) in lasted.items() if _is_at(one, roi)]
+          segment = _longest(same, lasted) if same else segments
+          segments = max(segments, segment + 1)
+          break
     here = points is not None and presence >= MIN_SCORE
     if points is not None and here:
       place = roi_of_points(points)
       lasted[segment] = (lasted.get(segment, (0, place))[0] + 1, place)
-    yield Seen(points if here else None, others, max(segment, 0))
+    yield Seen(points if here else None, others, segment)
+
+
+def _longest(some: list[int], lasted: dict[int, tuple[int, Roi]]) -> int:
+  """Of some segments the one that lasted longest."""
+  return max(some, key=lambda k: lasted[k][0])
 
 
 def steady(
