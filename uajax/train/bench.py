@@ -130,8 +130,9 @@ def time_steps(experiment: config.Experiment, avatar: avatars.Avatar, phase: str
     chunk = step.spread(chunk, mesh).replace(pictures=jax.device_put(chunk.pictures, shared))
   count = jnp.asarray(steps)
   begun = time.perf_counter()
-  compiled = step.run_steps.lower(experiment, stage, kind, None, state, sums, count, material,
-                                  chunk, None, key, mesh=mesh).compile()
+  compiled = step.run_steps.lower(
+    state, sums, count, material, chunk, None, key, experiment=experiment, stage=stage,
+    phase=kind, mesh=mesh).compile()
   compile_s = time.perf_counter() - begun
   use = compiled.memory_analysis()
   frames = sum(x.nbytes for x in jax.tree.leaves(chunk.pictures)) // (mesh.size if mesh else 1)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from jax.sharding import NamedSharding, PartitionSpec
 
 from uajax import hosts, runs, saving
 from uajax.avatar import Avatar, Layer, init_motion, render
@@ -23,7 +24,8 @@ from uajax.config import Experiment, Stage
 from uajax.data import loader
 from uajax.errors import Stopped, UserError
 from uajax.progress import Progress
-from uajax.train import densify, feed, optimizer, seeding
+from uajax.train import densify, feed, optimizer, seeding, slots
+from uajax.train.ahead import Ahead
 from uajax.train.step import (
   State,
   grow_and_prune,
@@ -38,12 +40,12 @@ from uajax.train.step import (
 from uajax.types import Frame
 
 GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
-FEWEST_SLOTS = 128  # what a program of the fusion's kernels takes at once
 _log = logging.getLogger("uajax")
 
 
 def train(subject, workdir, experiment: Experiment, *, perceptual=None,
-          source: loader.Store = "auto", frames: feed.Place = "auto") -> runs.Run:
+          source: loader.Store = "auto", frames: feed.Place = "auto",
+          ahead: bool | None = None) -> runs.Run:
   """Trains the three stages into `workdir`, or goes on where that folder stands.
 
   Args:
@@ -51,6 +53,8 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
     perceptual: LPIPS parameters, or None to leave those terms out (a line says so).
     source: where frames come from, see `data.loader.load`.
     frames: where pictures lie while training, see `Feed`; all places give the same bits.
+    ahead: whether programs are compiled while earlier ones train. None: by a single process that
+      trains on an accelerator; on a CPU compiling would take from training what it gives.
 
   Raises:
     UserError: the subject cannot be used, the folder belongs to another experiment, a checkpoint
@@ -74,7 +78,10 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
   if at.stage == len(experiment.stages()):
     return run
   shown = val[len(val) // 2]
-  with _heeded() as asked, feed.Feed(clip, experiment, mesh_of(experiment), frames) as fed:
+  if ahead is None:
+    ahead = hosts.count() == 1 and jax.default_backend() != "cpu"
+  with (_heeded() as asked, feed.Feed(clip, experiment, mesh_of(experiment), frames) as fed,
+        Ahead(run_steps, active=ahead) as programs):
     while True:
       try:
         with contextlib.ExitStack() as opened:
@@ -82,7 +89,8 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
           if hosts.is_first():
             saver = opened.enter_context(run.saver(at.total))
             journal = opened.enter_context(Journal(run.path, at.total))
-          _train_stages(run, avatar, training, at, fed, shown, perceptual, journal, saver, asked)
+          _train_stages(run, avatar, training, at, fed, programs, shown, perceptual, journal, saver,
+                        asked)
         return run
       except _Diverged as fault:
         avatar, training, at = _roll_back(run, clip, fault)
@@ -169,21 +177,23 @@ def fit_audio(experiment: Experiment, clip: loader.Source) -> Experiment:
 
 
 def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
-                  fed: feed.Feed, shown: Frame, perceptual, journal, saver, asked) -> None:
+                  fed: feed.Feed, programs: Ahead, shown: Frame, perceptual, journal, saver, asked
+                  ) -> None:
   stages = run.experiment.stages()
   progress = Progress("train", sum(stage.steps for stage in stages), at.total)
   for number in range(at.stage, len(stages)):
     stage = stages[number]
-    state = _enter(avatar, stage) if training is None else State(avatar=avatar, **training)
+    state = _enter(stage, avatar) if training is None else State(avatar=avatar, **training)
     training = None
     state = spread(state, mesh_of(run.experiment))
-    avatar, at = _train_stage(run, number, stage, state, at, fed, shown, perceptual, journal,
-                              progress, saver, asked)
+    avatar, at = _train_stage(run, number, stage, state, at, fed, programs, shown, perceptual,
+                              journal, progress, saver, asked)
   progress.close()
 
 
 def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress,
-                 fed: feed.Feed, shown: Frame, perceptual, journal, progress, saver, asked):
+                 fed: feed.Feed, programs: Ahead, shown: Frame, perceptual, journal, progress,
+                 saver, asked):
   experiment = run.experiment
   key = jax.random.fold_in(jax.random.key(experiment.seed), number)
   if at.rollbacks:
@@ -195,13 +205,11 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   running = last = None
   for end, chunk in fed.chunks(stage, key, step, ends):
     jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
-    phase = phase_of(stage, step)
-    weights = perceptual if is_perceptual(stage, step) else None
-    state, sums = run_steps(
-      experiment, stage, phase, at.capacity, state, sums, jnp.asarray(end - step), fed.material,
-      chunk, weights, key, mesh=mesh_of(experiment))
+    arrays = jnp.asarray(end - step), fed.material, chunk, key
+    program = _program(experiment, stage, step, at.capacity)
+    state, sums = programs(program, *_arrays(stage, step, state, sums, arrays, perceptual))
     last, running = running, sums
-    progress.advance(end - step, f"{stage.name} {phase}")
+    progress.advance(end - step, f"{stage.name} {program['phase']}")
     step = end
     if end not in ends:
       continue
@@ -209,11 +217,13 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
     if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (
         step < stage.densify.until or (stage.name == "face" and step < stage.steps)):
       state, changed = grow_and_prune(experiment, stage, state, fed.material, key)
-      state = _with_room(stage, state, changed)
+      state = slots.make_room(stage, state, changed)
     if stage.name != "fuse" and step in turning_points(stage):
-      state = _without_spare_room(stage, state)
+      state = slots.give_up_spare(stage, state)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
+      programs.prepare(_upcoming(
+        experiment, number, step, state, sums, arrays, perceptual, at.capacity))
       took = time.monotonic() - began
       report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
       if journal:
@@ -246,6 +256,52 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
       at = here
     begun, began, sums = step, time.monotonic(), no_sums()
   return state.avatar, at
+
+
+def _program(experiment: Experiment, stage: Stage, step: int, capacity: int | None) -> dict:
+  """Which program trains from a step on: static arguments of `run_steps`."""
+  return dict(experiment=experiment, stage=stage, phase=phase_of(stage, step), capacity=capacity,
+              mesh=mesh_of(experiment))
+
+
+def _arrays(stage: Stage, step: int, state, sums, arrays: tuple, perceptual) -> tuple:
+  """The arrays that it is given, in the order of `run_steps`."""
+  count, material, chunk, key = arrays
+  weights = perceptual if is_perceptual(stage, step) else None
+  return state, sums, count, material, chunk, weights, key
+
+
+def _upcoming(experiment: Experiment, number: int, step: int, state: State, sums, arrays: tuple,
+              perceptual, capacity: int | None) -> Iterator[tuple[dict, tuple]]:
+  """The programs that follow, and what they are given if slots stay as they are now wanted."""
+  count, material, chunk, key = arrays
+  stage = experiment.stages()[number]
+  later = [point for point in turning_points(stage) if point > step]
+  if stage.name != "fuse":
+    fit = functools.partial(slots.keep, stage, slots.wanted(stage, state))
+    state = _shapes(experiment, fit, state)
+  while True:
+    for point in later:
+      if point < stage.steps:
+        yield _program(experiment, stage, point, capacity), _arrays(
+          stage, point, state, sums, (count, material, chunk, key), perceptual)
+    number += 1
+    if number == len(experiment.stages()):
+      return
+    stage = experiment.stages()[number]
+    later = [0, *turning_points(stage)]
+    state = _shapes(experiment, functools.partial(_enter, stage), state.avatar)
+    if stage.name == "fuse":  # it alone looks at what is behind the head
+      chunk = chunk.replace(pictures=chunk.pictures._replace(background=chunk.pictures.image))
+
+
+def _shapes(experiment: Experiment, function, tree):
+  """Of what a function of shapes would return, spread over the devices that train."""
+  mesh = mesh_of(experiment)
+  everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere, weak_type=x.weak_type),
+    jax.eval_shape(function, tree))
 
 
 def _save(saver: runs.Saver, avatar: Avatar, training: dict, at: runs.Progress, due: bool,
@@ -284,7 +340,7 @@ def _begin(experiment: Experiment, clip: loader.Source) -> Avatar:
   return Avatar(**layers, config=experiment.model.motion, sh_degree=2)
 
 
-def _enter(avatar: Avatar, stage: Stage) -> State:
+def _enter(stage: Stage, avatar: Avatar) -> State:
   layer = avatar.mouth if stage.name == "mouth" else avatar.face
   zero = lambda: jnp.zeros((), jnp.int32)  # not weakly typed: resumed, the same programs serve
   return State(
@@ -298,39 +354,7 @@ def _training(state: State) -> dict:
 
 
 def _resume_template(avatar: Avatar, experiment: Experiment, at: runs.Progress):
-  return None if at.step == 0 else _training(_enter(avatar, experiment.stages()[at.stage]))
-
-
-def _with_room(stage: Stage, state: State, change: densify.Change) -> State:
-  """Twice the slots where growth found none left, up to the stage's limit."""
-  layer = getattr(state.avatar, stage.name)
-  slots = layer.alive.shape[0]
-  if int(change.missed) == 0 or 2 * slots > stage.densify.max_slots:
-    return state
-  splats, alive = densify.double((layer.splats, layer.alive), slots)
-  return state.replace(
-    avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
-    opt=state.opt | {"splats": densify.double(state.opt["splats"], slots)},
-    stats=densify.no_stats(2 * slots))
-
-
-def _without_spare_room(stage: Stage, state: State) -> State:
-  """Half the slots, and half of those, while that leaves half as many again as are used.
-
-  A step costs what its slots cost. It is asked only where another program takes over anyway.
-  """
-  layer = getattr(state.avatar, stage.name)
-  slots = fewer = layer.alive.shape[0]
-  used = int(layer.alive.sum())
-  while fewer % (2 * FEWEST_SLOTS) == 0 and fewer >= 3 * used:
-    fewer //= 2
-  if fewer == slots:
-    return state
-  fit = functools.partial(densify.compact, alive=layer.alive, fewer=fewer)
-  splats, alive = fit((layer.splats, layer.alive))
-  return state.replace(
-    avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
-    opt=state.opt | {"splats": fit(state.opt["splats"])}, stats=fit(state.stats))
+  return None if at.step == 0 else _training(_enter(experiment.stages()[at.stage], avatar))
 
 
 def _with_capacity(stage: Stage, state: State, at: runs.Progress, overflow: float):
@@ -340,8 +364,8 @@ def _with_capacity(stage: Stage, state: State, at: runs.Progress, overflow: floa
   """
   if not overflow:
     return at
-  slots = getattr(state.avatar, "mouth" if stage.name == "mouth" else "face").alive.shape[0]
-  capacity = 64 * slots if at.capacity is None else 2 * at.capacity
+  held = getattr(state.avatar, "mouth" if stage.name == "mouth" else "face").alive.shape[0]
+  capacity = 64 * held if at.capacity is None else 2 * at.capacity
   _log.warning("%s: splats overlap more tiles than there was room for; going on with room for %d "
                "pairs", stage.name, capacity)
   return at._replace(capacity=capacity)

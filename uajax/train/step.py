@@ -206,8 +206,8 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
 
 @functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity", "mesh"),
                    donate_argnames="state")
-def run_steps(experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None,
-              state: State, sums: dict, count, material: Material, chunk: Chunk, perceptual, key,
+def run_steps(state: State, sums: dict, count, material: Material, chunk: Chunk, perceptual, key, *,
+              experiment: Experiment, stage: Stage, phase: Phase, capacity: int | None = None,
               mesh: Mesh | None = None) -> tuple[State, dict]:
   """`count` steps of one phase in one compiled loop; adds what they report to `sums`.
 

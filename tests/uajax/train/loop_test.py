@@ -21,7 +21,7 @@ from tests.uajax.lpips_test import made_up_lpips
 from uajax import config, runs
 from uajax.data import folder, loader
 from uajax.errors import Stopped, UserError
-from uajax.train import bench, loop
+from uajax.train import ahead, bench, loop, slots
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -55,12 +55,24 @@ def subject(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(subject, tmp_path_factory):
-  return train(subject, tmp_path_factory.mktemp("runs") / "whole")
+  """With programs compiled ahead, which runs below are compared with that had none."""
+  made = []
+
+  class Remembered(ahead.Ahead):
+    def __init__(self, *args, **settings):
+      super().__init__(*args, **settings)
+      made.append(self)
+
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(loop, "Ahead", Remembered)
+    run = train(subject, tmp_path_factory.mktemp("runs") / "whole", ahead=True)
+  assert made[0].used >= 3, "of five programs, the first of which could not be foreseen"
+  return run
 
 
-def train(subject, path, frames="resident"):
+def train(subject, path, frames="resident", **settings):
   return loop.train(subject, path, experiment(), perceptual=made_up_lpips(), source="folder",
-                    frames=frames)
+                    frames=frames, **settings)
 
 
 def leaves(run):
@@ -131,10 +143,10 @@ def test_slots_that_nothing_lives_in_are_given_up():
   whole = bench.dummy(tiny, 300, 100)
   alive = jnp.arange(512) % 7 == 0  # 74 of 512
   whole = whole.replace(face=whole.face.replace(alive=alive & whole.face.alive))
-  state = loop._enter(whole, tiny.face)
+  state = loop._enter(tiny.face, whole)
   mu = jax.tree.map(lambda leaf: jnp.arange(float(leaf.size)).reshape(leaf.shape),
                     state.opt["splats"])
-  fitted = loop._without_spare_room(tiny.face, state.replace(opt=state.opt | {"splats": mu}))
+  fitted = slots.give_up_spare(tiny.face, state.replace(opt=state.opt | {"splats": mu}))
   layer, before = fitted.avatar.face, whole.face.alive
   assert layer.alive.shape == (128,) == fitted.stats.grad.shape
   np.testing.assert_array_equal(layer.splats.means[layer.alive], whole.face.splats.means[before])
@@ -142,7 +154,7 @@ def test_slots_that_nothing_lives_in_are_given_up():
     if many.ndim and len(many) == 512:
       np.testing.assert_array_equal(few[layer.alive], many[before])
   assert fitted.avatar.mouth is state.avatar.mouth
-  assert loop._without_spare_room(tiny.face, fitted) is fitted
+  assert slots.give_up_spare(tiny.face, fitted) is fitted
 
 
 def test_frames_read_from_disk_as_training_goes_give_the_same_bits(
@@ -218,9 +230,9 @@ def glitch(monkeypatch, total: int):
   """Once, at that step, four steps have had no finite gradient."""
   run_steps, left = loop.run_steps, [1]
 
-  def glitches(experiment, stage, *rest, **settings):
-    state, sums = run_steps(experiment, stage, *rest, **settings)
-    if stage.name == "face" and int(state.step) == total - 8 and left:
+  def glitches(*arrays, **settings):
+    state, sums = run_steps(*arrays, **settings)
+    if settings["stage"].name == "face" and int(state.step) == total - 8 and left:
       left.pop()
       state = state.replace(skipped=jnp.asarray(4))
     return state, sums

@@ -34,8 +34,8 @@ def steps(source, batch, mesh):
   with feed.Feed(source, experiment, mesh, "resident") as fed:
     [(_, chunk)] = fed.chunks(STAGE, key, 5, [6])
     return step.run_steps(
-      experiment, STAGE, "static", None, step.spread(state, mesh), step.no_sums(), jnp.asarray(1),
-      fed.material, chunk, None, key, mesh=mesh)
+      step.spread(state, mesh), step.no_sums(), jnp.asarray(1), fed.material, chunk, None, key,
+      experiment=experiment, stage=STAGE, phase="static", mesh=mesh)
 
 
 def test_two_devices_take_the_step_that_one_takes(source):

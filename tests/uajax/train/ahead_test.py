@@ -1,0 +1,59 @@
+"""Programs compiled ahead answer as those compiled when called, and only where they fit."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uajax.train.ahead import Ahead
+
+
+@functools.partial(jax.jit, static_argnames=("power",), donate_argnums=0)
+def raised(x, shift, power):
+  return {"sum": (x + shift["by"]) ** power}
+
+
+def shape(*dims):
+  return jax.ShapeDtypeStruct(dims, jnp.float32, weak_type=False)
+
+
+def test_what_was_prepared_is_used_and_what_was_not_works():
+  with Ahead(raised) as programs:
+    shift = {"by": jnp.ones(())}
+    programs.prepare(iter([(dict(power=2), (shape(3), shift)), (dict(power=3), (shape(3), shift))]))
+    programs._busy.result()
+    before = raised._cache_size()
+    np.testing.assert_array_equal(programs(dict(power=2), jnp.arange(3.0), shift)["sum"], [1, 4, 9])
+    assert programs.used == 1 and raised._cache_size() == before
+    for power, count in ((2, 4), (3, 3)):  # another shape, another static argument
+      out = programs(dict(power=power), jnp.ones(count), shift)["sum"]
+      np.testing.assert_array_equal(out, np.full(count, 2.0**power))
+    assert programs.used == 1
+
+
+def test_the_first_unknown_program_is_prepared_and_one_at_a_time(monkeypatch):
+  hold = threading.Event()
+  with Ahead(raised) as programs:
+    compile_ = programs._compile
+    monkeypatch.setattr(programs, "_compile", lambda *a: hold.wait(10) and compile_(*a))
+    shift = {"by": jnp.zeros(())}
+    programs(dict(power=2), jnp.ones(2), shift)
+    upcoming = [(dict(power=power), (shape(2), shift)) for power in (2, 3, 4)]
+    programs.prepare(upcoming)
+    programs.prepare(iter(()))  # busy: is not even read
+    assert len(programs._programs) == 2
+    hold.set()
+    two = jnp.full(2, 2, jnp.float32)
+    np.testing.assert_array_equal(programs(dict(power=3), two, shift)["sum"], [8, 8])
+    assert programs.used == 1
+
+
+def test_a_program_that_does_not_compile_fails_where_it_is_called():
+  with Ahead(raised) as programs:
+    wrong = {"of": jnp.ones(())}
+    programs.prepare([(dict(power=2), (shape(3), wrong))])
+    with pytest.raises(KeyError, match="by"):
+      programs(dict(power=2), jnp.ones(3), wrong)
