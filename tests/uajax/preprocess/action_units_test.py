@@ -7,13 +7,14 @@ from uajax.preprocess import action_units, landmarks
 FRAMES = 200
 
 
-def make_measures(gap=None, lids=None):
+def make_measures(gap=None, lids=None, **more):
   still = np.full(FRAMES, 0.003)
   return action_units.Measures(
     gap=still if gap is None else gap,
     height=still + 0.015 if gap is None else gap + 0.015,
     width=still + 0.045,
     lids=np.full(FRAMES, 0.3) if lids is None else lids,
+    **{name: more.get(name, still) for name in ("brow_inner", "brow_outer", "corners")},
   )
 
 
@@ -42,6 +43,30 @@ def test_units_rise_with_their_scores_and_stay_in_range(unit, score):
   # A face that always looks so is at rest.
   always = action_units.estimate(make_scores(**{score: 0.6}), make_measures(), present)
   assert always[unit].max() < 0.5
+
+
+def test_brows_and_corners_are_counted_from_rest_both_ways():
+  height = np.full(FRAMES, 0.025)
+  height[:40], height[-40:] = 0.031, 0.020  # raised, then frowning
+  measures = make_measures(brow_inner=height, brow_outer=height, corners=height)
+  scores = make_scores(browInnerUp=np.where(height > 0.03, 0.9, np.where(height < 0.021, 0.3, 0.6)))
+  units = action_units.estimate(scores, measures, np.ones(FRAMES, bool))
+  rest = slice(60, 140)
+  for unit in ("AU01", "AU02"):
+    assert units[unit][:40].min() > 2 and units[unit][rest].max() == units[unit][-40:].max() == 0
+  assert units["AU04"][-40:].min() > 2 and units["AU04"][:140].max() == 0
+  assert units["AU15"][-40:].min() > 1 and units["AU15"][:140].max() == 0
+
+
+def test_eyes_that_turn_are_seen_to():
+  points = np.zeros((5, landmarks.LANDMARKS, 3))
+  points[:, [33, 133, 362, 263], 0] = (-0.045, -0.017, 0.017, 0.045)
+  points[:, [468, 473], 0] = (-0.031, 0.031)
+  turned = np.radians([0, 20, -20, 0, 0])
+  lifted = np.radians([0, 0, 0, 12, 0])
+  points[:, [468, 473], 0] += 0.012 * np.sin(turned)[:, None]
+  points[:, [468, 473], 1] += 0.012 * np.sin(lifted)[:, None]
+  np.testing.assert_allclose(action_units.look(points), np.degrees([turned, lifted]).T, atol=0.01)
 
 
 def test_a_blink_and_an_open_mouth_are_measured():
@@ -93,7 +118,7 @@ def speak(frames, seed):
 
 def test_late_sound_is_noticed_and_moved():
   opening, speech = speak(400, 1)
-  measures = action_units.Measures(*[0.01 * opening] * 4)
+  measures = action_units.Measures(*[0.01 * opening] * 7)
   present = np.ones(400, bool)
   base = action_units.find_offset(measures, speech, present)
   late = action_units.find_offset(measures, action_units.shift_sound(speech, -4), present)
@@ -107,7 +132,7 @@ def test_late_sound_is_noticed_and_moved():
 def test_unrelated_or_no_sound_is_no_evidence():
   opening, _ = speak(300, 2)
   _, other = speak(300, 3)
-  measures = action_units.Measures(*[0.01 * opening] * 4)
+  measures = action_units.Measures(*[0.01 * opening] * 7)
   present = np.ones(300, bool)
   assert not action_units.find_offset(measures, other, present).clear
   assert not action_units.find_offset(measures, np.zeros(300 * 640, np.float32), present).clear
