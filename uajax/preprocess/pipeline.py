@@ -44,7 +44,7 @@ from uajax.progress import Progress
 from uajax.types import FPS, SAMPLE_RATE_HZ
 
 MIN_FRAMES = 2 * FPS
-LONGEST_S = 1200.0  # of a video, unless the user asks for more: 20 minutes fit into 2 GB
+LONGEST_S = 600.0  # of a video, unless the user asks for more: ten minutes fit into 2 GB
 LARGEST_PX = 512  # of the side, unless the user asks for another
 BUNDLE = "face_landmarker.task"
 PERSON = "selfie_segmentation.tflite"

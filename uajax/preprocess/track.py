@@ -42,6 +42,7 @@ DIRECTIONS = 12
 SETTLE_ROUNDS = 10
 STILL_M = 0.0002  # motion of a landmark below which it counts as still
 SHAPE_FRAMES = 1500
+POSE_BLOCK = 1500  # frames whose poses are fitted at once
 BUNDLE_FRAMES = 80
 SURE = 0.5  # of the noise: no landmark counts for surer, since the network errs alike in all frames
 FREEDOM = 20  # landmark errors of one frame are as alike as so many free numbers allow
@@ -437,11 +438,17 @@ def _pose_steps(
 
 
 def _pose(problem: _Problem, now: _Solution, mask: Float[np.ndarray, " p"]) -> _Raw:
-  faces = _faces(now.shape, now.directions, problem.coefficients)
-  known = (problem.pixels, faces, now.weights * mask, *now.poses, now.focal_px, problem.noise)
-  rotations, translations, information = _pose_steps(*(jnp.asarray(x, jnp.float32) for x in known))
-  r = np.asarray(rotations, np.float64)
-  return _Raw(r, np.asarray(translations, np.float64), np.asarray(information, np.float64))
+  frames = len(problem.pixels)
+  parts = []
+  for begin in range(0, frames, POSE_BLOCK):  # long clips in blocks of one size, for the memory
+    rows = np.minimum(np.arange(begin, begin + min(POSE_BLOCK, frames)), frames - 1)
+    faces = _faces(now.shape, now.directions, problem.coefficients[rows])
+    poses = (now.poses.rotations[rows], now.poses.translations[rows])
+    known = (problem.pixels[rows], faces, now.weights * mask, *poses, now.focal_px, problem.noise)
+    found = _pose_steps(*(jnp.asarray(x, jnp.float32) for x in known))
+    parts.append([np.asarray(x, np.float64)[: frames - begin] for x in found])
+  rotations, translations, information = (np.concatenate(x) for x in zip(*parts, strict=True))
+  return _Raw(rotations, translations, information)
 
 
 def _smooth(problem: _Problem, raw: _Raw) -> _Poses:
