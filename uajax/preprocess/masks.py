@@ -27,13 +27,14 @@ from uajax.preprocess.landmarks import Roi
 from uajax.types import BACKGROUND, FACE, HAIR, MOUTH, NECK, TORSO
 
 LAYERS = (FACE, HAIR, NECK, TORSO)
+LAYER_IDS = np.array(LAYERS, np.uint8)
 PERSON_SIDE, HAIR_SIDE, PARSER_SIDE = 256, 512, 448
 # The parser's 19 classes (CelebAMask-HQ) as ours. Ears, brows, eyes, glasses and lips are face,
 # a hat is hair (both move with the head), the inner mouth is taken from the landmarks.
 PARSER_CLASSES = np.array(
   [BACKGROUND] + [FACE] * 13 + [NECK, NECK, TORSO, HAIR, HAIR], np.uint8
 )  # fmt: skip
-_PARSER_LAYERS = 255 * (PARSER_CLASSES[:, None] == np.array(LAYERS)).astype(np.uint8)  # 19 c
+_PARSER_LAYERS = 255 * (PARSER_CLASSES[:, None] == LAYER_IDS).astype(np.uint8)  # 19 c
 PARSER_SPAN = 1.6  # side of what the parser sees, in landmark squares
 SHARE = (51, 154, 51)  # 256ths: of the frame before, this one and the next
 MARGIN = 0.016  # of the picture's height: nearer to the person a pixel is not yet background
@@ -332,6 +333,71 @@ def classify(
   if gap > 0.004 * h:
     classes[fill_polygon(points[marks.INNER_LIPS, :2], h, w) > 0.5] = MOUTH
   return classes
+
+
+class Quality:
+  """Figures by which a clip's classes can be judged without knowing the truth."""
+
+  def __init__(self):
+    self._frames = 0
+    self._empty = dict.fromkeys((*LAYERS, MOUTH), 0)
+    self._steady: dict[int, list[float]] = {layer: [] for layer in LAYERS}
+    self._edges: list[float] = []
+    self._before: tuple[np.ndarray, np.ndarray] | None = None
+
+  def add(
+    self, classes: UInt8[np.ndarray, "h w"], points: Float[np.ndarray, "p 3"]
+  ) -> None:
+    """The next frame. Every fifth is compared with the one before: that is what costs."""
+    for label in self._empty:
+      self._empty[label] += not (classes == label).any()
+    if self._frames % 5 == 0 and self._before is not None:
+      earlier, then = self._before
+      moved = _bring(255 * (earlier[..., None] == LAYER_IDS).astype(np.uint8), then, points) > 127
+      whole = np.where(classes == MOUTH, FACE, classes)  # the mouth opens and shuts of itself
+      for c, label in enumerate(LAYERS):
+        here = whole == label
+        either = (here | moved[..., c]).sum()
+        if either:
+          self._steady[label].append(float((here & moved[..., c]).sum() / either))
+      self._edges.append(_edge_agreement(classes, points))
+    whole = np.where(classes == MOUTH, FACE, classes)
+    self._before = (whole, points) if self._frames % 5 == 4 else None
+    self._frames += 1
+
+  def skip(self) -> None:
+    """A frame without a face: nothing is compared across it."""
+    self._before = None
+    self._frames += 1
+
+  def finish(self) -> dict[str, dict[str, float] | float]:
+    """Shares, 0..1: `empty`, of the frames in which a class has no pixel; `steadiness`, a class's
+    overlap (IoU) with the frame before once moved along with the landmarks, 1 where nothing
+    flickers; `jaw_edge`, of the landmarks along the jaw at which the face's mask ends too.
+    """
+    names = {FACE: "face", HAIR: "hair", MOUTH: "mouth", NECK: "neck", TORSO: "torso"}
+    count = max(self._frames, 1)
+    return {
+      "empty": {names[k]: v / count for k, v in self._empty.items()},
+      "steadiness": {names[k]: float(np.mean(v)) for k, v in self._steady.items() if v},
+      "jaw_edge": float(np.mean(self._edges)) if self._edges else 0.0,
+    }
+
+
+def _edge_agreement(classes: np.ndarray, points: np.ndarray) -> float:
+  """Share of the jaw's landmarks within 0.03 face heights of where the face's mask ends."""
+  h, w = classes.shape
+  face = np.isin(classes, (FACE, MOUTH))
+  middle = points[marks.FACE_OVAL, :2].mean(0)
+  jaw = points[marks.IBUG[2:15], :2]
+  reach = 0.03 * float(np.linalg.norm(points[10, :2] - points[152, :2]))
+  outward = (jaw - middle) / np.maximum(np.linalg.norm(jaw - middle, axis=1, keepdims=True), 1e-6)
+
+  def inside(at: np.ndarray) -> np.ndarray:
+    c, r = np.floor(at).astype(int).T
+    return face[np.clip(r, 0, h - 1), np.clip(c, 0, w - 1)]
+
+  return float((inside(jaw - reach * outward) & ~inside(jaw + reach * outward)).mean())
 
 
 def find_teeth(

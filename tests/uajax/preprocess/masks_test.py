@@ -162,3 +162,25 @@ def test_layers_are_carried_with_the_head_and_the_torso_stays():
     assert both / ((classes == label) | (truth == label)).sum() > 0.97
   np.testing.assert_allclose(found[-12:], before[-12:], atol=1)
   assert (masks.carry(before, after, *ends, ends[0], 0.0) == before).all()
+
+
+def test_quality_tells_flicker_from_motion_and_names_empty_classes():
+  def judge(shifts, jitter):
+    found = masks.Quality()
+    for f, shift in enumerate(shifts):
+      classes = draw_person(192, shift=shift / 2)
+      if jitter and f % 2:
+        classes[classes == HAIR] = BACKGROUND
+      angle = np.linspace(0, 2 * np.pi, landmarks.LANDMARKS)
+      x, y = 96 + 34 * np.cos(angle) + shift, 80 + 46 * np.sin(angle)
+      points = np.stack([x, y, np.zeros_like(x)], 1)
+      points[10, :2], points[152, :2] = (96 + shift, 34), (96 + shift, 126)
+      found.add(classes, points)
+    return found.finish()
+
+  still, moving = judge([0] * 12, False), judge(np.arange(12), False)
+  assert still["empty"]["mouth"] == 1 and still["empty"]["hair"] == 0
+  assert min(still["steadiness"].values()) == 1
+  assert moving["steadiness"]["hair"] > 0.95 and moving["steadiness"]["face"] > 0.97
+  flickering = judge([0] * 12, True)
+  assert flickering["empty"]["hair"] == 0.5 and flickering["steadiness"]["hair"] < 0.1
