@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from kernels.fusion import Implementation
 from uajax import config as config_
 from uajax import types
 from uajax.models.motion import FaceMotion, MouthMotion, Places
@@ -72,18 +73,18 @@ def know(avatar: Avatar) -> Known:
 
 def face_motion(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
-  places: Places | None = None,
+  places: Places | None = None, implementation: Implementation | None = None,
 ) -> types.Motion:
   """How the face's splats move; see `deform`."""
-  return _move(FaceMotion(avatar.config), avatar.face, controls, members, places)
+  return _move(FaceMotion(avatar.config, implementation), avatar.face, controls, members, places)
 
 
 def mouth_motion(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
-  places: Places | None = None,
+  places: Places | None = None, implementation: Implementation | None = None,
 ) -> types.Motion:
   """How the mouth's splats move; see `deform`."""
-  return _move(MouthMotion(avatar.config), avatar.mouth, controls, members, places)
+  return _move(MouthMotion(avatar.config, implementation), avatar.mouth, controls, members, places)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -96,7 +97,7 @@ def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members, pl
 
 def deform(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
-  known: Known | None = None,
+  known: Known | None = None, implementation: Implementation | None = None,
 ) -> Deformation:
   """How both layers' splats move at one frame.
 
@@ -104,13 +105,14 @@ def deform(
     members: the ensemble member to ask a modality (audio, content, style, emotion; the mouth
       has no emotion): stage 1 of training. None asks and fuses all (stage 2).
     known: what `know` says of the avatar, where many frames share it.
+    implementation: as in `kernels.fusion.fuse`.
 
   Raises:
     UserError: where the audio windows are not those the avatar was trained with.
   """
   face, mouth = (None, None) if known is None else known
-  return Deformation(face_motion(avatar, controls, members, face),
-                     mouth_motion(avatar, controls, members, mouth))
+  return Deformation(face_motion(avatar, controls, members, face, implementation),
+                     mouth_motion(avatar, controls, members, mouth, implementation))
 
 
 def render(
@@ -132,13 +134,17 @@ def render(
     background: what is behind the head, 0..1; its size is the picture's.
     members, known: as in `deform`.
     doubt: whether uncertainty and attention are drawn too; without they are zero and cost nothing.
-    implementation, capacity, extent: as in `kernels.splat.rasterize`.
+    implementation, capacity, extent: as in `kernels.splat.rasterize`; "xla" and "reference" say
+      what fuses, too.
 
   Raises:
     UserError: where the audio windows are not those the avatar was trained with.
   """
   height, width, _ = background.shape
-  motion = deform(avatar, controls, members, known)
+  fuse_by: Implementation | None = None
+  if implementation == "xla" or implementation == "reference":
+    fuse_by = implementation
+  motion = deform(avatar, controls, members, known, fuse_by)
   black = jnp.zeros(3, background.dtype)
   draw = functools.partial(
     render_layer, camera=camera, width=width, height=height, background=black,

@@ -210,15 +210,19 @@ class Export:
   """Write the avatar of a run for other programs."""
 
   run_path: Annotated[Positional[Path], arg(metavar="RUN")]  # a run folder
-  format: Literal["npz", "ply", "safetensors", "stablehlo"]  # ply: splats at rest, one file a layer
+  # ply: splats at rest, one file a layer; stablehlo: a program that draws frames, for jax alone
+  format: Literal["npz", "ply", "safetensors", "stablehlo"]
   out: Path  # the file to write (ply of both layers: NAME_face.ply and NAME_mouth.ply)
   layer: Literal["both", "face", "mouth"] = "both"  # of a ply
+  size: int = 512  # side of the pictures that a stablehlo program draws, px
 
   def run(self) -> int:
     from uajax import export
 
-    for path in export.export(self.run_path, self.format, self.out, layer=self.layer):
-      print(path)
+    for path in export.export(
+      self.run_path, self.format, self.out, layer=self.layer, size=self.size
+    ):
+      print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

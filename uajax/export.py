@@ -1,14 +1,16 @@
-"""An avatar for other programs: all its parameters (npz, safetensors), or its splats (ply).
+"""An avatar for other programs: its parameters (npz, safetensors), its splats (ply), its motion.
 
 npz and safetensors hold every array under its path in the avatar, such as `face/splats/means`
 or `mouth/motion/params/...`, and `meta`, a JSON text with what the arrays do not say.
 `load_npz` and `load_safetensors` give the avatar back bit for bit. PLY is the layout of 3D
-Gaussian splatting viewers (method.md D.8): the head at rest, without motion.
+Gaussian splatting viewers (method.md D.8): the head at rest, without motion. stablehlo is a
+program with all that it needs inside, from what drives a frame to its picture: JAX alone runs it.
 
-Axes: n splats.
+Axes: n splats, f frames, h w pixels.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -17,17 +19,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from uajax import config, saving
-from uajax.avatar import Avatar, Layer, init_motion
+from uajax.avatar import Avatar, Known, Layer, init_motion, know, render
 from uajax.errors import UserError
-from uajax.types import Splats
+from uajax.types import ACTION_UNITS, EMOTION, EXPRESSION, NEIGHBOURS, Camera, Controls, Splats
 
 VERSION = 1
 MAX_BYTES = 8 << 30  # of an archive read back: no avatar comes near it
 LAYERS = ("face", "mouth")
+PLATFORMS = ("cpu", "cuda", "tpu")  # that a stablehlo program runs on
 Which = Literal["both", "face", "mouth"]
 
 
@@ -37,23 +41,23 @@ def export(
   out: str | os.PathLike,
   *,
   layer: Which = "both",
+  size: int = 512,
 ) -> list[pathlib.Path]:
   """Writes the newest avatar of a run.
 
   Args:
     run_path: a run folder.
-    format: "npz" or "safetensors" (everything), "ply" (splats at rest).
+    format: "npz" or "safetensors" (everything), "ply" (splats at rest), "stablehlo" (a program).
     out: the file. A ply of both layers becomes NAME_face.ply and NAME_mouth.ply.
     layer: of a ply.
+    size: side of the pictures that a stablehlo program draws, px.
 
   Returns:
     the files written.
 
   Raises:
-    UserError: no such run, a format that a later version brings, disk full.
+    UserError: no such run, a size out of reach, disk full.
   """
-  if format not in ("npz", "ply", "safetensors"):
-    raise UserError(f"--format {format} comes with a later version: use npz, ply or safetensors")
   from uajax import runs
 
   out = pathlib.Path(out)
@@ -62,6 +66,8 @@ def export(
     return [write_npz(out, avatar)]
   if format == "safetensors":
     return [write_safetensors(out, avatar)]
+  if format == "stablehlo":
+    return [write_stablehlo(out, avatar, size)]
   if layer != "both":
     return [write_ply(out, getattr(avatar, layer))]
   suffix = out.suffix or ".ply"
@@ -220,6 +226,62 @@ def write_ply(path: str | os.PathLike, layer: Layer) -> pathlib.Path:
   with saving.aside(path) as partial:
     partial.write_bytes("\n".join([*header, ""]).encode("ascii") + table.tobytes())
   return path
+
+
+def write_stablehlo(path: str | os.PathLike, avatar: Avatar, size: int = 512) -> pathlib.Path:
+  """A program that draws frames, for CPUs, NVIDIA GPUs and TPUs; `jax.export.deserialize` reads it.
+
+  It is called with, in this order, float32 all but the last: audio [f 8 d w], action_units [f 6],
+  f_exp [f 64], f_tone [f 64], emotion [f 128] (types.Controls), viewmats [f 4 4] and Ks [f 3 3]
+  (types.Camera), and background uint8 [h w 3]; any number of frames. It returns pictures uint8
+  [f h w 3], and for each frame how many pairs of splat and tile found no room, which should be 0.
+
+  Raises:
+    UserError: a size out of reach, no living splats, or the disk is full.
+  """
+  path = pathlib.Path(path)
+  if not 16 <= size <= 4096:
+    raise UserError(f"--size {size} is out of reach: choose 16 to 4096 pixels")
+  avatar, known = _living(avatar, path)
+  take = avatar.config
+
+  def drive(audio, action_units, f_exp, f_tone, emotion, viewmats, intrinsics, background):
+    behind = background.astype(jnp.float32) / 255
+
+    def one(row):
+      controls, camera = Controls(*row[:5]), Camera(*row[5:])
+      # Plain XLA: a program with kernels for one device would run on no other.
+      image = render(avatar, controls, camera, behind, known=known, doubt=False,
+                     implementation="xla")
+      return jnp.round(image.composite * 255).astype(jnp.uint8), image.overflow
+
+    return jax.lax.map(
+      one, (audio, action_units, f_exp, f_tone, emotion, viewmats, intrinsics))
+
+  audio = (NEIGHBOURS, take.audio_channels, take.audio_width)
+  shapes = (audio, (len(ACTION_UNITS),), (EXPRESSION,), (EXPRESSION,), (EMOTION,), (4, 4), (3, 3))
+  frames = jax.export.symbolic_shape("f")
+  given = [jax.ShapeDtypeStruct((*frames, *shape), jnp.float32) for shape in shapes]
+  given.append(jax.ShapeDtypeStruct((size, size, 3), jnp.uint8))
+  program = jax.export.export(jax.jit(drive), platforms=PLATFORMS)(*given)
+  with saving.aside(path) as partial:
+    partial.write_bytes(program.serialize())
+  return path
+
+
+def _living(avatar: Avatar, path: pathlib.Path) -> tuple[Avatar, Known]:
+  """The avatar without empty slots, and what is known of its splats' places."""
+  known = know(avatar)
+  layers, places = {}, {}
+  for name in LAYERS:
+    layer = getattr(avatar, name)
+    alive = np.flatnonzero(np.asarray(layer.alive))
+    if not alive.size:
+      raise UserError(f"{path} was not written: the {name} has no splats yet, train it first")
+    keep = functools.partial(jax.tree.map, lambda x, alive=alive: x[alive])
+    layers[name] = layer.replace(splats=keep(layer.splats), alive=keep(layer.alive))
+    places[name] = keep(getattr(known, name))
+  return avatar.replace(**layers), Known(**places)
 
 
 def log_softplus(raw: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ BAD = [
   (["synthesize", "nowhere", "--audio", "a.wav", "--out", "o.mp4"], "nowhere"),
   (["evaluate", "nowhere"], "nowhere"),
   (["export", "nowhere", "--format", "npz", "--out", "o.npz"], "nowhere"),
-  (["export", "nowhere", "--format", "stablehlo", "--out", "o"], "later version"),
+  (["export", "nowhere", "--format", "stablehlo", "--out", "o"], "nowhere does not exist"),
   (["train", "nowhere", "--workdir", "run"], "nowhere"),
   (["extract", "nowhere"], "nowhere"),
   (["preprocess", "nowhere.mp4", "--out", "subject"], "nowhere.mp4"),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.fusion import Fused, fuse_answers
+from kernels.fusion import Fused, Implementation, fuse_answers
 from uajax.config import Motion as MotionConfig
 from uajax.models.audio import Linear
 from uajax.models.initial import within
@@ -110,6 +110,7 @@ class UncertaintyFusion(nn.Module):
   """The modalities' ensembles and the fusion of their answers."""
 
   config: MotionConfig
+  implementation: Implementation | None = None  # of `kernels.fusion`
 
   @nn.compact
   def __call__(
@@ -128,6 +129,7 @@ class UncertaintyFusion(nn.Module):
     """
     take = self.config
     answers = Ensembles(take, name="ensembles")(modalities, members)
-    fused = fuse_answers(answers, limit=take.log_var_limit, ddof=take.ddof)
+    fused = fuse_answers(answers, limit=take.log_var_limit, ddof=take.ddof,
+                         implementation=self.implementation)
     code = Linear(take.features, name="fuse")(jnp.concatenate([fused.mean, points], -1))
     return code, fused

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.fusion import Implementation
 from uajax import types
 from uajax.config import Motion as MotionConfig
 from uajax.errors import UserError
@@ -63,6 +64,7 @@ class FaceMotion(nn.Module):
   """Moves, turns and scales the face's splats."""
 
   config: MotionConfig
+  implementation: Implementation | None = None  # of the fusion
 
   def setup(self):
     take = self.config
@@ -71,7 +73,7 @@ class FaceMotion(nn.Module):
     self.audio_channels, self.eye_attention = Gate(32, take.audio_code), Gate(16, 6)
     self.expression = Gate(16, 5)
     self.emotion = EmotionEncoder(take.emotion_planes)
-    self.fusion = UncertaintyFusion(take)
+    self.fusion = UncertaintyFusion(take, self.implementation)
     self.mean_head = Head(3, take.still_heads)
     self.rotation_head = Head(4, take.still_heads)
     self.scale_head = Head(3, take.still_heads)
@@ -129,12 +131,13 @@ class MouthMotion(nn.Module):
   """Moves the splats inside the mouth; they neither turn nor scale."""
 
   config: MotionConfig
+  implementation: Implementation | None = None  # of the fusion
 
   def setup(self):
     take = self.config
     self.planes = Planes(take.planes)
     self.audio, self.audio_attention = AudioNet(take.audio_code), AudioAttention()
-    self.fusion = UncertaintyFusion(take)
+    self.fusion = UncertaintyFusion(take, self.implementation)
     self.mean_head = Head(3, take.still_heads)
 
   def __call__(
