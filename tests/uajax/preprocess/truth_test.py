@@ -72,7 +72,7 @@ def follow_skin(person, played, landmarker):
   marks, _ = landmarker.read(shot, landmarks.roi_of_points(marks))
   rows, columns = np.nonzero((seen >= 0) & (head.paint[seen] == heads.SKIN))
   at = np.stack([columns, rows], 1) / 2 + 0.25
-  _, nearest = scipy.spatial.cKDTree(at).query(marks[:, :2])
+  _, nearest = scipy.spatial.KDTree(at).query(marks[:, :2])
   r, c = rows[nearest], columns[nearest]
   corners, shares = head.triangles[seen[r, c]], weights[r, c]
   points, viewmats = [], []
