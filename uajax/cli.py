@@ -147,6 +147,9 @@ class Synthesize:
   intensity: float = 1.0  # of the named emotion: 0 none, 1 full
   emotion_reference: Path | None = None  # take the emotion of this recording
   blink: Literal["auto", "none"] = "auto"  # natural blinks, or open eyes
+  # spans as .json or .csv: from, to (seconds), emotion, intensity, AU01 AU04 AU05 AU06 AU07 AU45
+  script: Path | None = None
+  au: tuple[str, ...] = ()  # action units of the whole film, 0..5 (AU45 0..2): AU01=2 AU04=0
   audio_weights: Path | None = None  # of the audio encoder, if they were moved since `extract`
   audio_windows: Path | None = None  # .npy made elsewhere of this audio, for DeepSpeech runs
   uncertainty: Path | None = None  # a second .mp4: how unsure the motion is, pixel by pixel
@@ -157,7 +160,7 @@ class Synthesize:
   def run(self) -> int:
     if self.emotion and self.emotion_reference:
       raise WrongUse("--emotion and --emotion-reference exclude each other: give one of them")
-    from uajax import synthesize
+    from uajax import direction, synthesize
 
     made = synthesize.synthesize(
       self.run_path,
@@ -169,6 +172,8 @@ class Synthesize:
       audio_weights=self.audio_weights,
       audio_windows=self.audio_windows,
       blink=self.blink,
+      script=self.script,
+      action_units=direction.units_of(self.au),
       uncertainty=self.uncertainty,
       subject=self.subject,
       background=self.background,

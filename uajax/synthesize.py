@@ -16,7 +16,7 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from uajax import direction
 from uajax.avatar import Avatar, Known, know, render
 from uajax.errors import UserError
 from uajax.progress import Progress
@@ -73,6 +74,8 @@ def synthesize(
   audio_weights: str | os.PathLike | None = None,
   audio_windows: str | os.PathLike | None = None,
   blink: Literal["auto", "none"] = "auto",
+  script: str | os.PathLike | None = None,
+  action_units: Mapping[str, float] | None = None,
   uncertainty: str | os.PathLike | None = None,
   subject: str | os.PathLike | None = None,
   background: Background = "subject",
@@ -90,15 +93,19 @@ def synthesize(
     audio_weights: folder of the audio encoder's weights, if it is no longer where it was.
     audio_windows: .npy file of audio windows of `audio`, made elsewhere; none are computed then.
     blink: "auto" blinks at random intervals as strongly as in training; "none" never.
+    script: a file that says which emotion and which action units hold when (`uajax.direction`).
+    action_units: values of action units (AU01 ...) that hold for the whole film.
     uncertainty: a second MP4, the uncertainty of every pixel from black (none) to yellow.
     subject: the subject folder, if it is no longer where it was when training.
     background: behind the head: the training frames' own (with torso), or a colour.
     seed: of the blinks.
 
   Raises:
-    UserError: the run, the recording, the subject or the emotion cannot be used; disk full.
+    UserError: the run, the recording, the subject, the script or the emotion cannot be used; disk
+      full.
   """
   from uajax import media, runs  # the machine that trains may lack what media needs
+  from uajax.emotion import control
   from uajax.priors import extract
   from uajax.speech import features
 
@@ -108,6 +115,8 @@ def synthesize(
     films.append(_film_path(uncertainty, "--uncertainty"))
   if len({path.resolve() for path in (*films, pathlib.Path(audio))}) != len(films) + 1:
     raise UserError(f"{out} is named twice: sound, film and uncertainty need different files")
+  spans = [direction.whole_film(action_units)] if action_units else []
+  spans += direction.read(script) if script is not None else []
   run = runs.open_run(run_path)
   sound = media.read_audio(audio)
   media.check_speech(sound, audio)
@@ -118,6 +127,8 @@ def synthesize(
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
   listen = _listener(run, audio_weights, audio_windows)
   speech = extract.hear(extractors, sound, frames, emotion=wanted, listen=listen)
+  speech = speech._replace(emotion=direction.feel(
+    spans, np.asarray(speech.emotion), functools.partial(control.resolve, extractors)))
   size = avatar.config.audio_width, avatar.config.audio_channels
   if speech.audio.shape[1:] != size:
     raise UserError(
@@ -128,7 +139,7 @@ def synthesize(
   cameras = [camera for camera, _, _ in numbers]
   poses = walk(frames, source.ids)
   units = np.stack([controls.action_units for _, controls, _ in numbers])
-  units = eyes(units, poses, blink, np.random.default_rng(seed))
+  units = direction.act(spans, eyes(units, poses, blink, np.random.default_rng(seed)))
 
   def behind(pose: int) -> np.ndarray:
     if background == "subject":

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,6 +157,33 @@ def test_emotion_and_background_show(run, tmp_path):
   assert share(white) > 0.1 > share(calm)
 
 
+def test_a_script_and_action_units_reach_the_avatar_while_they_hold(run, tmp_path, monkeypatch):
+  wav = tmp_path / "in.wav"
+  media.write_wav(wav, speech(2.0))
+  (tmp_path / "script.csv").write_text("from,to,emotion,intensity,AU04\n1,,happy,1,5\n")
+  draw = synthesize.draw
+
+  def controls(**how):
+    """Of every frame (not of the film, in which the encoder mixes frames)."""
+    seen = []
+
+    def watched(avatar, scenes, **settings):
+      return draw(avatar, (seen.append(scene.controls) or scene for scene in scenes), **settings)
+
+    monkeypatch.setattr(synthesize, "draw", watched)
+    synthesize.synthesize(run.path, wav, tmp_path / "out.mp4", emotion="neutral", **how)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+
+  plain, directed = controls(), controls(script=tmp_path / "script.csv")
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:25], b[:25]), plain, directed)
+  assert (np.abs(directed.emotion - plain.emotion).max(1)[31:] > 0.1).all()
+  np.testing.assert_allclose(directed.action_units[31:44, 1], 5)
+  np.testing.assert_array_equal(directed.action_units[:, [0, *range(2, 6)]],
+                                plain.action_units[:, [0, *range(2, 6)]])
+  lifted = controls(action_units={"AU01": 4.0})
+  np.testing.assert_allclose(lifted.action_units[:, 0], 4)
+
+
 def spoil(tmp_path):
   silent, nothing, text = tmp_path / "silent.wav", tmp_path / "none.wav", tmp_path / "text.wav"
   media.write_wav(silent, np.zeros(16_000, np.float32))
@@ -169,6 +197,8 @@ def spoil(tmp_path):
   yield tmp_path / "lost.wav", {}, "does not exist"
   yield good, {"emotion": "furious"}, "happy, neutral"
   yield good, {"emotion": "happy", "intensity": 9.0}, "intensity"
+  (tmp_path / "s.csv").write_text("from,emotion\n0,furious\n")
+  yield good, {"script": tmp_path / "s.csv"}, "happy, neutral"
   yield good, {"emotion_reference": silent}, "silent"
   yield good, {"subject": tmp_path / "moved"}, "--subject"
   yield good, {"uncertainty": tmp_path / "out.mp4"}, "named twice"
