@@ -144,8 +144,9 @@ def _warn(document: dict[str, Any], found: Found) -> list[str]:
       " pictures: skin, lashes and teeth will look soft"
     )
   if face["frames_open_wide"] < 10:
+    never = "hardly ever" if face["frames_open_wide"] else "never"
     out.append(
-      f"the mouth never opens wide: {face['frames_open_wide']} frames above"
+      f"the mouth {never} opens wide: {face['frames_open_wide']} frames above"
       f" {1e3 * WIDE_GAP_M:.0f} mm, {face['mouth_gap_mm']['max']} mm at most: open vowels will look"
       " too closed"
     )
@@ -246,6 +247,7 @@ def _warn_of_masks(document: dict[str, Any], found: Found) -> list[str]:
 def _describe_track(tracked: Track, used) -> dict[str, Any]:
   return {
     "focal_px": round(tracked.focal_px, 1),
+    "focal_known_within": round(tracked.focal_spread, 3),
     "distance_m": round(float(tracked.viewmats[used][:, 2, 3].mean()), 3),
     "reprojection_px": round(tracked.reprojection_px, 3),
     "held_out_px": round(tracked.held_out_px, 3),

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import signal
@@ -28,7 +29,8 @@ from uajax.errors import UserError
 from uajax.preprocess import landmarks, masks
 from uajax.types import FACE, HAIR, MOUTH
 
-PIECE_BYTES = 24_000_000  # of pictures in a piece
+PIECE_BYTES = 24_000_000  # of pictures in a piece,
+PIECE_FRAMES = 32  # which has so many at most
 JOB_BYTES = 600_000_000  # of memory that a process may need
 CLASSES = 6
 PARSE_EVERY = 2  # frames: the head's outline in those between is carried along with the landmarks
@@ -55,7 +57,7 @@ class Piece(NamedTuple):
 
 def cut(runs: Sequence[tuple[int, int]], size: int, around: int = 0) -> list[Piece]:
   """Pieces of runs [begin, end) of pictures of `size` x `size`; `around`: frames of context."""
-  length = max(PIECE_BYTES // (size * size * 3), 4)
+  length = min(max(PIECE_BYTES // (size * size * 3), 4), PIECE_FRAMES)
   out = []
   for begin, end in runs:
     for a in range(begin, end, length):
@@ -105,8 +107,10 @@ def pool(jobs: int) -> Iterator[Run]:
   if jobs == 1:
     yield lambda function, tasks: (function(*task) for task in tasks)
     return
+  context = multiprocessing.get_context("spawn")
+  line, end = context.Pipe(duplex=False)  # nothing is said on it: that it ends is the sign
   processes = concurrent.futures.ProcessPoolExecutor(
-    jobs, multiprocessing.get_context("spawn"), initializer=_begin
+    jobs, context, initializer=_begin, initargs=(line,)
   )
 
   def run(function, tasks) -> Iterator[Any]:
@@ -126,21 +130,25 @@ def pool(jobs: int) -> Iterator[Run]:
 
   try:
     yield run
+  except BaseException:
+    end.close()  # pieces under way are not waited for: they are done again
+    raise
   finally:
     processes.shutdown(wait=True, cancel_futures=True)
+    end.close()
+    line.close()
 
 
-def _begin() -> None:
-  """Leaves Ctrl-C to the parent, and ends with it."""
+def _begin(line: multiprocessing.connection.Connection) -> None:
+  """Leaves Ctrl-C to the parent, and ends when that lets the line go, or is no more."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
 
-  def end() -> None:
-    if parent is not None:
-      parent.join()
-      os._exit(1)
+  def listen() -> None:
+    with contextlib.suppress(EOFError, OSError):
+      line.recv()
+    os._exit(1)
 
-  threading.Thread(target=end, daemon=True).start()
+  threading.Thread(target=listen, daemon=True).start()
 
 
 def steady(
