@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from uajax.models.initial import within
+from uajax.models.initial import uniform, within
 
 _SLOPE = 0.02
 
@@ -21,12 +21,14 @@ class Linear(nn.Module):
   features: int
   use_bias: bool = True
   still: bool = False  # start at zero
+  positive: bool = False  # start with no weight below zero
 
   @nn.compact
   def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
     inputs = x.shape[-1]
     limit = 0.0 if self.still else inputs**-0.5
-    y = x @ self.param("kernel", within(limit), (inputs, self.features))
+    draw = uniform(0, limit) if self.positive else within(limit)
+    y = x @ self.param("kernel", draw, (inputs, self.features))
     if not self.use_bias:
       return y
     bias = self.param("bias", within(limit), (self.features,))

@@ -41,11 +41,12 @@ class Gate(nn.Module):
 
   hidden: int
   features: int
+  positive: bool = False  # start with no output below zero
 
   @nn.compact
   def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
     x = nn.relu(Linear(self.hidden, use_bias=False, name="first")(x))
-    return Linear(self.features, use_bias=False, name="second")(x)
+    return Linear(self.features, use_bias=False, positive=self.positive, name="second")(x)
 
 
 class Head(nn.Module):
@@ -70,7 +71,9 @@ class FaceMotion(nn.Module):
     take = self.config
     self.planes = Planes(take.planes)
     self.audio, self.audio_attention = AudioNet(take.audio_code), AudioAttention()
-    self.audio_channels, self.eye_attention = Gate(32, take.audio_code), Gate(16, 6)
+    # A ReLU follows the eye's gate: what began below zero everywhere would never learn, and the
+    # avatar never blink.
+    self.audio_channels, self.eye_attention = Gate(32, take.audio_code), Gate(16, 6, positive=True)
     self.expression = Gate(16, 5)
     self.emotion = EmotionEncoder(take.emotion_planes)
     self.fusion = UncertaintyFusion(take, self.implementation)

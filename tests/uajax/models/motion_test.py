@@ -154,3 +154,12 @@ def test_code_book_answers_a_clear_question_with_its_entry():
   book = jnp.eye(4)
   np.testing.assert_allclose(look_up(book, 200 * book[2]), book[2], atol=1e-6)
   np.testing.assert_allclose(look_up(book, jnp.zeros(4)), 0.25)
+
+
+def test_every_splat_heeds_every_action_unit_before_training(points):
+  """What a ReLU has shut everywhere stays shut: some avatars would never blink."""
+  net = FaceMotion(SMALL)
+  begin = jax.jit(lambda key: net.apply(
+    net.init(key, points, controls()), points, method="places").eyes)
+  for seed in range(4):
+    assert (np.asarray(begin(jax.random.key(seed))) > 0).all()
