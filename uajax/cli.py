@@ -154,6 +154,8 @@ class Synthesize:
   audio_windows: Path | None = None  # .npy made elsewhere of this audio, for DeepSpeech runs
   uncertainty: Path | None = None  # a second .mp4: how unsure the motion is, pixel by pixel
   background: Literal["subject", "black", "white", "green"] = "subject"  # behind the head
+  mark: str | None = None  # a line of text to be seen in every picture
+  provenance: bool = True  # a signed C2PA manifest that says: synthesised, by what, from which run
   subject: Path | None = None  # where the subject folder lies now, if it was moved
   seed: int = 0  # of the blinks
 
@@ -177,11 +179,34 @@ class Synthesize:
       uncertainty=self.uncertainty,
       subject=self.subject,
       background=self.background,
+      mark=self.mark,
+      provenance=self.provenance,
       seed=self.seed,
     )
     also = f", uncertainty in {self.uncertainty}" if self.uncertainty else ""
     print(f"{self.out}: {made.frames} frames, {made.duration_s:.2f} s{also}")
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+  """Read a film's manifest: what made it, and whether it was changed since."""
+
+  film: Positional[Path]
+
+  def run(self) -> int:
+    from uajax import provenance
+
+    verdict = provenance.verify(self.film)
+    print(f"made by    {verdict.maker}")
+    for name, value in verdict.synthesis.items():
+      print(f"{name:10} {value}")
+    trust = "on a trust list" if verdict.trusted else "on no trust list: anyone can make such a one"
+    print(f"signed by  {verdict.signer} (certificate {trust})")
+    if verdict.holds:
+      print("unchanged since it was signed")
+      return 0
+    return _fail(f"{self.film} was changed, or its signature is false: {verdict.faults[0]}", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +340,7 @@ COMMANDS: dict[str, type] = {
   "extract": Extract,
   "train": Train,
   "synthesize": Synthesize,
+  "verify": Verify,
   "evaluate": Evaluate,
   "export": Export,
   "import-official": ImportOfficial,

@@ -284,7 +284,7 @@ def create(path, subject, experiment: Experiment) -> Run:
     raise UserError(f"{path} exists and is no run folder: choose another --workdir")
   path.mkdir(parents=True, exist_ok=True)
   record = {
-    "version": VERSION, "made_by": f"uajax {_own_version()}, jax {jax.__version__}",
+    "version": VERSION, "made_by": f"uajax {own_version()}, jax {jax.__version__}",
     "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "subject": str(pathlib.Path(subject).resolve()), "experiment": encode(experiment)}
   with saving.aside(path / "run.json") as partial:
@@ -457,7 +457,8 @@ def _check_sums(folder: pathlib.Path) -> None:
     raise ValueError(f"{changed[0]} is not as it was written")
 
 
-def _own_version() -> str:
+def own_version() -> str:
+  """The installed version of uajax."""
   try:
     return importlib.metadata.version("uajax")
   except importlib.metadata.PackageNotFoundError:

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from uajax import direction
+from uajax import provenance as origin
 from uajax.avatar import Avatar, Known, know, render
 from uajax.errors import UserError
 from uajax.progress import Progress
@@ -79,6 +80,8 @@ def synthesize(
   uncertainty: str | os.PathLike | None = None,
   subject: str | os.PathLike | None = None,
   background: Background = "subject",
+  mark: str | None = None,
+  provenance: bool = True,
   seed: int = 0,
 ) -> Film:
   """Writes an MP4 at 25 fps of the run's person saying `audio`, with its sound.
@@ -98,6 +101,8 @@ def synthesize(
     uncertainty: a second MP4, the uncertainty of every pixel from black (none) to yellow.
     subject: the subject folder, if it is no longer where it was when training.
     background: behind the head: the training frames' own (with torso), or a colour.
+    mark: a line of text to be seen in every picture.
+    provenance: whether the films carry a signed manifest that says what they are.
     seed: of the blinks.
 
   Raises:
@@ -117,6 +122,7 @@ def synthesize(
     raise UserError(f"{out} is named twice: sound, film and uncertainty need different files")
   spans = [direction.whole_film(action_units)] if action_units else []
   spans += direction.read(script) if script is not None else []
+  credentials = origin.credentials() if provenance else None
   run = runs.open_run(run_path)
   sound = media.read_audio(audio)
   media.check_speech(sound, audio)
@@ -160,12 +166,30 @@ def synthesize(
 
   drawn = _report(draw(avatar, scenes(), doubt=uncertainty is not None),
                   Progress("synthesize", frames))
+  if mark:
+    drawn = (frame._replace(image=origin.mark(frame.image, mark)) for frame in drawn)
   write = functools.partial(media.write_video, fps=FPS, audio=sound)
   if uncertainty is None:
     write(out, (frame.image for frame in drawn))
   else:
     _write_both(write, films, drawn)
+  if credentials is not None:
+    _sign(films, credentials, {
+      "run": run.path.name, "run_sha256": origin.digest(run.path / "run.json"),
+      "sound_sha256": origin.digest(audio), "emotion": emotion or "as heard",
+      "intensity": intensity if emotion else None})
   return Film(out, frames, frames / FPS)
+
+
+def _sign(films: list[pathlib.Path], credentials, synthesis: dict[str, Any]) -> None:
+  """Signs all, or leaves none behind."""
+  try:
+    for film in films:
+      origin.sign(film, synthesis, credentials)
+  except BaseException:
+    for film in films:
+      film.unlink(missing_ok=True)
+    raise
 
 
 def walk(frames: int, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " f"]:

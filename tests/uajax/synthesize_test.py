@@ -11,7 +11,7 @@ import pytest
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from tests.uajax.speech import tiny_model
-from uajax import media, synthesize
+from uajax import media, provenance, synthesize
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.priors import extract
@@ -140,6 +140,9 @@ def test_a_film_is_as_long_as_the_speech_and_sounds_like_it(run, tmp_path):
   shared = min(len(heard), len(sound))
   assert np.corrcoef(heard[:shared], sound[:shared])[0, 1] > 0.95  # in place, not late
   assert sorted(p.name for p in tmp_path.iterdir()) == ["doubt.mp4", "in.wav", "new"]
+  for film in (out, doubt):
+    verdict = provenance.verify(film)
+    assert verdict.holds and verdict.synthesis["run"] == run.path.name
 
 
 def test_emotion_and_background_show(run, tmp_path):
