@@ -7,6 +7,7 @@ ori_imgs/<i>.jpg  ori_imgs/<i>.lms  gt_imgs/<i>.jpg  torso_imgs/<i>.png  parsing
 teeth_mask/<i>.npy            bool [h w]
 {train,val}_auds_exp  {train,val}_audiostyle  mser_emotion_{train,val}    .npz or .pth
 expression.npy [T 64]  emotion.csv (frame,label,intensity)                ours, where known
+gaze.csv (frame,yaw_deg,pitch_deg: to the picture's right, up; in the head's axes)      likewise
 ```
 Frame numbers i start at 0 and index the audio windows and the rows of au.csv; the priors are
 indexed by the position in the split (method.md D.1, A.5). Everything in a folder is checked

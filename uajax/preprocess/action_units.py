@@ -33,6 +33,7 @@ Axes: f frames, b blendshapes, p landmarks.
 from typing import NamedTuple
 
 import numpy as np
+import scipy.ndimage as ndi
 from jaxtyping import Bool, Float
 
 from uajax.preprocess import landmarks as marks
@@ -47,6 +48,7 @@ CORNER_M = 0.006  # the same of the corners of the mouth
 EYEBALL_M = 0.012  # radius
 # A closure beyond which, and the frames about it in which, the eyes' other scores tell of a blink.
 BLINK, BLINK_FRAMES = 0.3, 3
+SHUT = 3.0  # AU45 of shut eyes
 WIDE_GAP_M = 0.025  # AU25 = 5
 NAMES = tuple(f"AU{n:02d}" for n in (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45))
 MAX_OFFSET = 12  # frames
@@ -97,21 +99,31 @@ def measure(points: Float[np.ndarray, "f p 3"]) -> Measures:
   )  # fmt: skip
 
 
-def look(points: Float[np.ndarray, "f p 3"]) -> Float[np.ndarray, "f 2"]:
+def look(
+  points: Float[np.ndarray, "f p 3"],
+  closed: Float[np.ndarray, " f"],
+  present: Bool[np.ndarray, " f"],
+) -> Float[np.ndarray, "f 2"]:
   """Where the eyes look in the head's axes: degrees to the picture's right, and degrees up.
 
   From how far the irises lie off the middle of their eyes' corners, on an eyeball of EYEBALL_M;
-  the mean of both eyes.
-  Straight ahead is the clip's median, since the corners' middle is not before the pupil in every
-  face. Means nothing while the eyes are shut.
+  the mean of both eyes. Straight ahead is the clip's median, since the corners' middle is not
+  before the pupil in every face. Over blinks (`closed` is AU45) and frames without a face it
+  goes on evenly; it is 0 throughout where the eyes are never seen open.
   """
   away = []
   for iris, corners in ((468, (33, 133)), (473, (362, 263))):
     middle = points[:, list(corners), :2].mean(1)
     away.append(points[:, iris, :2] - middle)
   both = np.mean(away, axis=0)
-  both = both - np.median(both, axis=0)
-  return np.degrees(np.arcsin(np.clip(both / EYEBALL_M, -1, 1)))
+  near = ndi.binary_dilation(present & (closed > SHUT * BLINK), iterations=BLINK_FRAMES)
+  seeing = np.flatnonzero(present & ~near)
+  if not len(seeing):
+    return np.zeros((len(points), 2))
+  both = both - np.median(both[seeing], axis=0)
+  found = np.degrees(np.arcsin(np.clip(both / EYEBALL_M, -1, 1)))
+  frames = np.arange(len(points))
+  return np.stack([np.interp(frames, seeing, row) for row in found[seeing].T], 1)
 
 
 def estimate(
@@ -142,7 +154,7 @@ def estimate(
   rest = float(np.percentile(blink, 25))
   read = np.clip((blink - rest - 0.05) / max(0.75 - rest, 0.2), 0, 1)
   shut = (closed + read) / 2
-  near = np.convolve(shut > BLINK, np.ones(2 * BLINK_FRAMES + 1), mode="same") > 0
+  near = ndi.binary_dilation(shut > BLINK, iterations=BLINK_FRAMES)
   seeing = np.flatnonzero(~near)
 
   def bridged(value: np.ndarray) -> np.ndarray:
@@ -171,7 +183,7 @@ def estimate(
   gap = np.clip(measures.gap[found] / WIDE_GAP_M, 0, 1)
   units["AU25"] = gap
   units["AU26"] = np.clip((lifted(score("jawOpen")) + gap) / 2, 0, 1)
-  units["AU45"] = 0.6 * shut
+  units["AU45"] = SHUT / 5 * shut
   everywhere = np.arange(len(present))
   return {name: 5 * np.interp(everywhere, found, units[name]) for name in NAMES}
 

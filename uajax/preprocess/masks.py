@@ -335,56 +335,28 @@ def classify(
   return classes
 
 
-class Quality:
-  """Figures by which a clip's classes can be judged without knowing the truth."""
+def find_steadiness(
+  earlier: UInt8[np.ndarray, "h w"],
+  then: Float[np.ndarray, "p 3"],
+  classes: UInt8[np.ndarray, "h w"],
+  points: Float[np.ndarray, "p 3"],
+) -> Float[np.ndarray, " c"]:
+  """Overlap (IoU) of each of LAYERS with that of an earlier frame, moved along with the landmarks.
 
-  def __init__(self):
-    self._frames = 0
-    self._empty = dict.fromkeys((*LAYERS, MOUTH), 0)
-    self._steady: dict[int, list[float]] = {layer: [] for layer in LAYERS}
-    self._edges: list[float] = []
-    self._before: tuple[np.ndarray, np.ndarray] | None = None
-
-  def add(
-    self, classes: UInt8[np.ndarray, "h w"], points: Float[np.ndarray, "p 3"]
-  ) -> None:
-    """The next frame. Every fifth is compared with the one before: that is what costs."""
-    for label in self._empty:
-      self._empty[label] += not (classes == label).any()
-    if self._frames % 5 == 0 and self._before is not None:
-      earlier, then = self._before
-      moved = _bring(255 * (earlier[..., None] == LAYER_IDS).astype(np.uint8), then, points) > 127
-      whole = np.where(classes == MOUTH, FACE, classes)  # the mouth opens and shuts of itself
-      for c, label in enumerate(LAYERS):
-        here = whole == label
-        either = (here | moved[..., c]).sum()
-        if either:
-          self._steady[label].append(float((here & moved[..., c]).sum() / either))
-      self._edges.append(_edge_agreement(classes, points))
-    whole = np.where(classes == MOUTH, FACE, classes)
-    self._before = (whole, points) if self._frames % 5 == 4 else None
-    self._frames += 1
-
-  def skip(self) -> None:
-    """A frame without a face: nothing is compared across it."""
-    self._before = None
-    self._frames += 1
-
-  def finish(self) -> dict[str, dict[str, float] | float]:
-    """Shares, 0..1: `empty`, of the frames in which a class has no pixel; `steadiness`, a class's
-    overlap (IoU) with the frame before once moved along with the landmarks, 1 where nothing
-    flickers; `jaw_edge`, of the landmarks along the jaw at which the face's mask ends too.
-    """
-    names = {FACE: "face", HAIR: "hair", MOUTH: "mouth", NECK: "neck", TORSO: "torso"}
-    count = max(self._frames, 1)
-    return {
-      "empty": {names[k]: v / count for k, v in self._empty.items()},
-      "steadiness": {names[k]: float(np.mean(v)) for k, v in self._steady.items() if v},
-      "jaw_edge": float(np.mean(self._edges)) if self._edges else 0.0,
-    }
+  1 where nothing flickers, however the head moves; NaN where neither frame has the class. The
+  inner mouth, which opens and shuts of itself, is counted with the face.
+  """
+  before, whole = (
+    np.where(c == MOUTH, FACE, c)[..., None] == LAYER_IDS for c in (earlier, classes)
+  )
+  moved = _bring(255 * before.astype(np.uint8), then, points) > 127
+  both, either = (whole & moved).sum((0, 1)), (whole | moved).sum((0, 1))
+  return np.where(either > 0, both / np.maximum(either, 1), np.nan)
 
 
-def _edge_agreement(classes: np.ndarray, points: np.ndarray) -> float:
+def find_jaw_agreement(
+  classes: UInt8[np.ndarray, "h w"], points: Float[np.ndarray, "p 3"]
+) -> float:
   """Share of the jaw's landmarks within 0.03 face heights of where the face's mask ends."""
   h, w = classes.shape
   face = np.isin(classes, (FACE, MOUTH))

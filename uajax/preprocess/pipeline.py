@@ -7,7 +7,7 @@ The steps, each of which reads the video anew (decoding is cheap, keeping frames
   track      camera, head pose, face
   layers     what each pixel is, and the empty background
   pictures   the files of every frame
-  tables     sound, poses, action units, report.json, report.html, contact_sheet.png
+  tables     sound, poses, action units, gaze, report.json, report.html, contact_sheet.png
 
 Each step has a key: the digest of the video, the settings, the models and the code that it hangs
 on. What a step found lies in OUT.work until the folder is whole, so that an interrupted run takes
@@ -19,6 +19,7 @@ Axes: f frames, p landmarks, h w pixels.
 """
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import itertools
@@ -576,10 +577,10 @@ def _pictures(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
     "pictures",
     plate=np.load(layers / "plate.npy", allow_pickle=False),
     seen=np.array(json.loads((layers / "plate.json").read_text())["seen"]),
-    shares=np.concatenate([p["shares"] for p in found]),
-    overlaps=np.concatenate([p["overlaps"] for p in found]),
+    **{name: np.concatenate([p[name] for p in found])
+       for name in ("shares", "overlaps", "steadiness", "jaws")},
     teeth=np.concatenate([p["teeth"] for p in seen]),
-  )
+  )  # fmt: skip
 
 
 def _link_pictures(out: pathlib.Path, work: pathlib.Path) -> None:
@@ -614,13 +615,15 @@ def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speec
     move = round(offset.frames) if offset.clear and abs(offset.frames) >= 0.75 else 0
   speech = action_units.shift_sound(speech, move)
   units = action_units.estimate(read.scores, measures, used)
+  gaze = action_units.look(head, units["AU45"], used)
   expression = action_units.express(read.scores, head, measures, used)
   found = report.Found(
     video=steps.video.name, info=info, settings=dataclasses.asdict(settings), box=plan.box,
     size=plan.size, why=plan.why, begins=plan.begins, others=plan.others, yaw_deg=plan.yaw_deg,
     parser=PARSER if steps.models.parser is None else None, tracked=tracked, offset=offset,
-    moved=move, measures=measures, units=units, shares=layers["shares"],
-    overlaps=layers["overlaps"], teeth=layers["teeth"], seen=float(layers["seen"]),
+    moved=move, measures=measures, units=units, gaze=gaze, shares=layers["shares"],
+    overlaps=layers["overlaps"], steadiness=layers["steadiness"], jaws=layers["jaws"],
+    teeth=layers["teeth"], seen=float(layers["seen"]),
     took=steps.took, speech=speech,
   )  # fmt: skip
   document = report.describe(found)
@@ -633,6 +636,7 @@ def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speec
       found, steps.work / "pictures", layers["plate"], read.points
     )
     report.write(writer.path, document, found, sheet)
+    _write_gaze(writer.path / "gaze.csv", gaze)
     writer.adopt(
       steps.work / "pictures", np.flatnonzero(used).tolist(), plan.frames, (plan.size, plan.size)
     )
@@ -643,3 +647,10 @@ def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speec
     )  # fmt: skip
     files = {p.name: pretrained.digest(p) for p in sorted(writer.path.iterdir()) if p.is_file()}
     (kept / "record.json").write_text(json.dumps({"keys": steps.keys, "files": files}, indent=1))
+
+
+def _write_gaze(file: pathlib.Path, gaze: Float[np.ndarray, "f 2"]) -> None:
+  with open(file, "w", newline="") as lines:
+    table = csv.writer(lines)
+    table.writerow(["frame", "yaw_deg", "pitch_deg"])
+    table.writerows([f, f"{yaw:.2f}", f"{pitch:.2f}"] for f, (yaw, pitch) in enumerate(gaze))

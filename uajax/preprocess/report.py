@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from uajax import contact, media
 from uajax.data import folder
-from uajax.preprocess import landmarks, spans
+from uajax.preprocess import landmarks, masks, spans
 from uajax.preprocess.action_units import Measures, Offset
 from uajax.preprocess.track import Track, project
 from uajax.types import BACKGROUND, FACE, FPS, HAIR, MOUTH, NECK, SAMPLE_RATE_HZ, TORSO
@@ -30,6 +30,15 @@ NAMES = {FACE: "face", HAIR: "hair", MOUTH: "mouth", NECK: "neck", TORSO: "torso
 WIDE_GAP_M, SHUT_GAP_M = 0.012, 0.002  # of the inner lips: an open vowel; lips that meet
 SHUT_EYES = 1.5  # AU45 above it: a blink
 PROFILE_DEG = 40.0  # turned farther, tracking is weak
+# Of layers: on real clips these lie at 0, at 0.94 to 0.998, and at 0.85 to 0.93.
+MOST_EMPTY, LEAST_STEADY, LEAST_AT_JAW = 0.02, 0.9, 0.7
+# How a layer that flickers or lacks will show.
+_RESTLESS = {
+  "face": "the face's edge will be soft and restless",
+  "hair": "hair will look smeared at its outline",
+  "neck": "the throat and the edge under the chin will be soft and restless",
+  "torso": "shoulders and collar will be soft and restless",
+}
 _COLOURS = [[40, 40, 40], [255, 160, 120], [120, 60, 0], [255, 0, 80], [240, 240, 0], [0, 160, 255]]
 PALETTE = np.array(_COLOURS, np.uint8)  # of the overlays
 
@@ -52,9 +61,12 @@ class Found(NamedTuple):
   moved: int  # frames by which the sound was moved earlier
   measures: Measures
   units: Mapping[str, Float[np.ndarray, " f"]]
+  gaze: Float[np.ndarray, "f 2"]  # yaw and pitch in the head's axes, degrees
   speech: Float[np.ndarray, " s"]
   shares: Float[np.ndarray, "u c"]  # of the picture, by class
   overlaps: Float[np.ndarray, " u"]  # of the head with that of the frame before; NaN at cuts
+  steadiness: Float[np.ndarray, "u c"]  # masks.find_steadiness, a column of masks.LAYERS each
+  jaws: Float[np.ndarray, " u"]  # masks.find_jaw_agreement; both NaN where it was not looked
   teeth: Bool[np.ndarray, " u"]  # whether any are seen
   seen: float  # share of the background that was seen
   took: dict[str, float]  # seconds by step
@@ -97,12 +109,18 @@ def describe(found: Found) -> dict[str, Any]:
       "frames_open_wide": int((found.measures.gap[used] > WIDE_GAP_M).sum()),
       "frames_lips_shut": int((found.measures.gap[used] < SHUT_GAP_M).sum()),
       "blinks": count_blinks(found.units["AU45"][used]),
+      "gaze_yaw_deg": _quantiles(found.gaze[used, 0]),
+      "gaze_pitch_deg": _quantiles(found.gaze[used, 1]),
       "action_units_95th": {n: round(float(np.percentile(u[used], 95)), 2)
                             for n, u in found.units.items()},
     },
     "layers": {
       "share_of_picture": {n: round(float(found.shares.mean(0)[c]), 4) for c, n in NAMES.items()},
       "head_overlap_with_next_frame": round(float(overlaps.mean()), 4) if len(overlaps) else None,
+      "frames_without": {n: int((found.shares[:, c] == 0).sum()) for c, n in NAMES.items()},
+      "steadiness": {NAMES[c]: _mean(row)
+                     for c, row in zip(masks.LAYERS, found.steadiness.T, strict=True)},
+      "face_ends_at_jaw": _mean(found.jaws),
       "background_seen": round(found.seen, 3),
       "frames_with_teeth": int(found.teeth.sum()),
     },
@@ -236,12 +254,37 @@ def _warn_of_sound(document: dict[str, Any]) -> list[str]:
 
 
 def _warn_of_masks(document: dict[str, Any], found: Found) -> list[str]:
-  if found.parser is None:
-    return []
-  why = "is not at hand" if document["settings"]["parser"] else "was not wanted"
-  return [
-    f"masks come from mattes and landmarks ({found.parser} {why}): neck and hair edges are rougher"
-  ]
+  out = []
+  if found.parser is not None:
+    why = "is not at hand" if document["settings"]["parser"] else "was not wanted"
+    out.append(
+      f"masks come from mattes and landmarks ({found.parser} {why}): neck and hair edges are"
+      " rougher"
+    )
+  layers, used = document["layers"], document["frames"]["used"]
+  for name, steadiness in layers["steadiness"].items():
+    without = layers["frames_without"][name]
+    if without == used:
+      out.append(f"no {name} was found: if there is any in the video, the avatar will be without")
+    elif without > MOST_EMPTY * used:
+      out.append(
+        f"the {name} was not found in {without} of {used} frames: it will be pale and ragged where"
+        " it came and went; check the contact sheet"
+      )
+    if steadiness is not None and steadiness < LEAST_STEADY:
+      out.append(
+        f"the outline of the {name} flickers ({100 * (1 - steadiness):.0f} % of it changes from"
+        f" frame to frame; 1 to 6 % is usual): {_RESTLESS[name]}"
+      )
+  if layers["frames_without"]["mouth"] == used:
+    out.append("the inner mouth was never found: the avatar's will be closed")
+  at_jaw = layers["face_ends_at_jaw"]
+  if at_jaw is not None and at_jaw < LEAST_AT_JAW:
+    out.append(
+      f"the face's mask leaves the jaw in {100 * (1 - at_jaw):.0f} % of its length: chin and cheeks"
+      " will smear into what is behind them when the mouth opens or the head turns"
+    )
+  return out
 
 
 def _describe_track(tracked: Track, used) -> dict[str, Any]:
@@ -284,6 +327,12 @@ def _loudness(speech: Float[np.ndarray, " s"]) -> float:
 def _quantiles(values) -> dict[str, float]:
   found = np.percentile(values, [0, 50, 100])
   return {n: round(float(q), 2) for n, q in zip(("min", "median", "max"), found, strict=True)}
+
+
+def _mean(values: Float[np.ndarray, " u"]) -> float | None:
+  """Of the values that are known; None where none is."""
+  known = values[np.isfinite(values)]
+  return round(float(known.mean()), 4) if len(known) else None
 
 
 def count_blinks(au45: Float[np.ndarray, " u"]) -> int:
@@ -403,13 +452,17 @@ def page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3
     "mouth": f"{face['mouth_gap_mm']['min']} to {face['mouth_gap_mm']['max']} mm open;"
              f" {face['frames_open_wide']} frames wide, {face['frames_lips_shut']} shut;"
              f" teeth in {layers['frames_with_teeth']} frames",
-    "eyes": f"{face['blinks']} blinks",
+    "eyes": f"{face['blinks']} blinks; they look {_range(face['gaze_yaw_deg'])} degrees to the"
+            f" side and {_range(face['gaze_pitch_deg'])} up, from what is usual",
     "sound": f"late by {sound['late_by_frames']} frames"
              f" ({'clear' if sound['clear'] else 'not clear'}), moved earlier by"
              f" {sound['moved_earlier_by_frames']}; loud over quiet"
              f" {sound['loud_over_quiet_db']} dB",
     "background": f"{100 * layers['background_seen']:.0f} % seen",
-    "masks": document["masks_by"],
+    "masks": document["masks_by"] + (
+      "" if layers["face_ends_at_jaw"] is None
+      else f"; the face ends at {100 * layers['face_ends_at_jaw']:.0f} % of the jaw's landmarks"
+    ),
   }  # fmt: skip
   rows = "".join(
     f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
@@ -422,6 +475,8 @@ def page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3
     _plot("closing of the eyes (AU45), 0 to 5", {"AU45": found.units["AU45"]}, found),
     _plot("smile (AU12) and brows (AU04), 0 to 5",
           {"AU12": found.units["AU12"], "AU04": found.units["AU04"]}, found),
+    _plot("gaze in the head's axes, degrees",
+          {"yaw": found.gaze[:, 0], "pitch": found.gaze[:, 1]}, found),
     _plot("turn of the head, degrees", {n.removesuffix("_deg"): v for n, v in angles.items()},
           found),
   ]  # fmt: skip
@@ -438,6 +493,9 @@ def page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3
 <ul>{weak or "<li>nothing was found</li>"}</ul>
 <h2>What was found</h2>
 <table>{rows}</table>
+<h2>Layers</h2>
+<table><tr><td>layer</td><td>of the picture</td><td>frames without</td>
+<td>stays from frame to frame</td></tr>{_layers_table(layers, frames["used"])}</table>
 <h2>Over time</h2>
 <p>Grey: frames left out. Dashed: cuts.</p>
 {"".join(plots)}
@@ -447,6 +505,23 @@ they should not slide on the face.</p>
 <img alt="contact sheet" src="data:image/jpeg;base64,{encoded}">
 </body></html>
 """
+
+
+def _range(quantiles: Mapping[str, float]) -> str:
+  return f"{quantiles['min']:.0f} to {quantiles['max']:.0f}"
+
+
+def _layers_table(layers: Mapping[str, Any], used: int) -> str:
+  """Rows of the page's table of layers."""
+  def percent(share: float | None, digits: int = 0) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f} %"
+
+  return "".join(
+    f"<tr><td>{name}</td><td>{percent(layers['share_of_picture'][name], 1)}</td>"
+    f"<td>{layers['frames_without'][name]} of {used}</td>"
+    f"<td>{percent(layers['steadiness'].get(name), 1)}</td></tr>"
+    for name in NAMES.values()
+  )
 
 
 def _plot(title: str, series: Mapping[str, Float[np.ndarray, " f"]], found: Found) -> str:

@@ -33,6 +33,7 @@ PIECE_BYTES = 24_000_000  # of pictures in a piece,
 PIECE_FRAMES = 32  # which has so many at most
 JOB_BYTES = 600_000_000  # of memory that a process may need
 CLASSES = 6
+JUDGE_EVERY = 5  # frames: each of these is compared with the one before, which costs
 PARSE_EVERY = 2  # frames: the head's outline in those between is carried along with the landmarks
 
 Run = Callable[[Callable[..., Any], Iterator[tuple]], Iterator[Any]]
@@ -184,22 +185,32 @@ def layers(
 ) -> int:
   """Classes of a piece's pixels, saved; beside them the pictures of the frames `samples`.
 
-  Also saved: each class's share of the picture, and how much of the head overlaps with the
-  head of the frame before (NaN where there is none). Returns the number of frames.
+  Also saved: each class's share of the picture, how much of the head overlaps with the head of
+  the frame before (NaN where there is none), and of every JUDGE_EVERY-th frame how steady its
+  layers are and how well the face ends at the jaw (else NaN). Returns the number of frames.
   """
   soft = _soft(_segmenter(*networks), images, points, rois)
-  classes, shares, overlaps, before = [], [], [], None
+  classes, shares, overlaps, steadiness, jaws, before = [], [], [], [], [], None
   for f, mixed in zip(range(piece.first, piece.last), masks.smooth(soft), strict=True):
     if f >= piece.end or f < piece.begin - 1 or mixed is None:
       continue
     found = masks.classify(mixed, points[f - piece.first])
-    head = np.isin(found, (FACE, HAIR, MOUTH))
     if f >= piece.begin:
+      head = np.isin(found, (FACE, HAIR, MOUTH))
       classes.append(found)
       shares.append(np.bincount(found.ravel(), minlength=CLASSES) / found.size)
-      both = np.nan if before is None else (head & before).sum() / max((head | before).sum(), 1)
+      both, steady, jaw = np.nan, np.full(len(masks.LAYERS), np.nan), np.nan
+      if before is not None:
+        was = np.isin(before, (FACE, HAIR, MOUTH))
+        both = (head & was).sum() / max((head | was).sum(), 1)
+        if f % JUDGE_EVERY == 0:
+          marks = points[f - piece.first]
+          steady = masks.find_steadiness(before, points[f - 1 - piece.first], found, marks)
+          jaw = masks.find_jaw_agreement(found, marks)
       overlaps.append(both)
-    before = head
+      steadiness.append(steady)
+      jaws.append(jaw)
+    before = found
   for f in samples:
     if piece.begin <= f < piece.end:
       with saving.aside(sample(into, f)) as partial:
@@ -209,6 +220,8 @@ def layers(
     classes=np.stack(classes),
     shares=np.stack(shares),
     overlaps=np.array(overlaps),
+    steadiness=np.stack(steadiness),
+    jaws=np.array(jaws),
   )
   return piece.end - piece.begin
 

@@ -66,7 +66,21 @@ def test_eyes_that_turn_are_seen_to():
   lifted = np.radians([0, 0, 0, 12, 0])
   points[:, [468, 473], 0] += 0.012 * np.sin(turned)[:, None]
   points[:, [468, 473], 1] += 0.012 * np.sin(lifted)[:, None]
-  np.testing.assert_allclose(action_units.look(points), np.degrees([turned, lifted]).T, atol=0.01)
+  present, open_eyes = np.ones(5, bool), np.zeros(5)
+  found = action_units.look(points, open_eyes, present)
+  np.testing.assert_allclose(found, np.degrees([turned, lifted]).T, atol=0.01)
+
+
+def test_gaze_goes_on_over_blinks_and_frames_without_a_face():
+  points = np.zeros((40, landmarks.LANDMARKS, 3))
+  points[:, [33, 133, 362, 263], 0] = (-0.045, -0.017, 0.017, 0.045)
+  points[:, [468, 473], 0] = (-0.031, 0.031)
+  points[19:22, [468, 473], 1] -= 0.006  # lids that shut push the irises down
+  points[30:33, [468, 473], 0] += 0.012
+  closed, present = np.zeros(40), np.ones(40, bool)
+  closed[20], present[30:33] = 3, False
+  np.testing.assert_allclose(action_units.look(points, closed, present), 0, atol=1e-9)
+  assert (action_units.look(points, np.full(40, 3.0), present) == 0).all()
 
 
 def test_a_blink_and_an_open_mouth_are_measured():

@@ -164,23 +164,40 @@ def test_layers_are_carried_with_the_head_and_the_torso_stays():
   assert (masks.carry(before, after, *ends, ends[0], 0.0) == before).all()
 
 
-def test_quality_tells_flicker_from_motion_and_names_empty_classes():
-  def judge(shifts, jitter):
-    found = masks.Quality()
-    for f, shift in enumerate(shifts):
-      classes = draw_person(192, shift=shift / 2)
-      if jitter and f % 2:
-        classes[classes == HAIR] = BACKGROUND
-      angle = np.linspace(0, 2 * np.pi, landmarks.LANDMARKS)
-      x, y = 96 + 34 * np.cos(angle) + shift, 80 + 46 * np.sin(angle)
-      points = np.stack([x, y, np.zeros_like(x)], 1)
-      points[10, :2], points[152, :2] = (96 + shift, 34), (96 + shift, 126)
-      found.add(classes, points)
-    return found.finish()
+def test_steadiness_tells_flicker_from_motion():
+  def place(shift):
+    angle = np.linspace(0, 2 * np.pi, landmarks.LANDMARKS)
+    x, y = 96 + 34 * np.cos(angle) + shift, 80 + 46 * np.sin(angle)
+    points = np.stack([x, y, np.zeros_like(x)], 1)
+    points[10, :2], points[152, :2] = (96 + shift, 34), (96 + shift, 126)
+    return points
 
-  still, moving = judge([0] * 12, False), judge(np.arange(12), False)
-  assert still["empty"]["mouth"] == 1 and still["empty"]["hair"] == 0
-  assert min(still["steadiness"].values()) == 1
-  assert moving["steadiness"]["hair"] > 0.95 and moving["steadiness"]["face"] > 0.97
-  flickering = judge([0] * 12, True)
-  assert flickering["empty"]["hair"] == 0.5 and flickering["steadiness"]["hair"] < 0.1
+  still, moved = draw_person(192), draw_person(192, shift=3)
+  whole = masks.find_steadiness(still, place(0), still, place(0))
+  assert (whole == 1).all()
+  moving = dict(zip(masks.LAYERS, masks.find_steadiness(still, place(0), moved, place(6)),
+                    strict=True))  # fmt: skip
+  assert moving[HAIR] > 0.95 and moving[FACE] > 0.97
+  bald = np.where(still == HAIR, BACKGROUND, still).astype(np.uint8)
+  gone = masks.find_steadiness(still, place(0), bald, place(0))
+  assert gone[masks.LAYERS.index(HAIR)] == 0 and gone[masks.LAYERS.index(FACE)] == 1
+  never = masks.find_steadiness(bald, place(0), bald, place(0))
+  assert np.isnan(never[masks.LAYERS.index(HAIR)])
+
+
+def test_the_jaw_is_met_by_a_face_that_ends_there():
+  points = np.zeros((landmarks.LANDMARKS, 3))
+  angle = np.linspace(0, 2 * np.pi, len(landmarks.FACE_OVAL), endpoint=False)
+  oval = np.stack([np.sin(angle), -np.cos(angle)], 1)
+  points[landmarks.FACE_OVAL, :2] = 96 + oval * (34, 46)
+  around = np.linspace(0.55 * np.pi, 1.45 * np.pi, 13)  # from the right cheek over the chin
+  points[landmarks.IBUG[2:15], :2] = 96 + np.stack([np.sin(around), -np.cos(around)], 1) * (34, 46)
+  r, c = np.mgrid[:192, :192] + 0.5
+
+  def face(size):
+    inside = ((r - 96) / 46) ** 2 + ((c - 96) / 34) ** 2 < size**2
+    return np.where(inside, FACE, NECK).astype(np.uint8)
+
+  assert masks.find_jaw_agreement(face(1.0), points) == 1
+  assert masks.find_jaw_agreement(face(1.3), points) == 0
+  assert masks.find_jaw_agreement(face(0.7), points) == 0

@@ -108,6 +108,8 @@ def test_the_folder_reads_as_a_subject(subject):
   assert not (out / "parsing" / "22.png").exists()
   assert (train.frames.camera.viewmat[:, 2, 3] > 0.3).all()
   assert folder.read_expression(out).shape == (FRAMES, 64)
+  gaze = np.loadtxt(out / "gaze.csv", delimiter=",", skiprows=1)
+  assert gaze[:, 0].tolist() == list(range(FRAMES)) and 1 < np.abs(gaze[:, 1:]).max() < 30
 
 
 def test_the_square_holds_the_head_and_layers_lie_where_they_should(subject):
@@ -116,6 +118,11 @@ def test_the_square_holds_the_head_and_layers_lie_where_they_should(subject):
   assert 100 < side <= 200 and abs(left + side / 2 - 164) < 20
   clip = folder.read(out, "train", allow_missing_priors=True)
   shares = report["layers"]["share_of_picture"]
+  layers = report["layers"]
+  assert set(layers["steadiness"]) == {"face", "hair", "neck", "torso"}
+  assert min(layers["steadiness"].values()) > 0.9 and layers["face_ends_at_jaw"] > 0.7
+  assert {n for n, count in layers["frames_without"].items() if count} <= {"mouth"}
+  assert not any("outline of the" in line or "jaw" in line for line in report["warnings"])
   assert 0.15 < shares["face"] < 0.45 and 0.02 < shares["hair"] < 0.2 and shares["torso"] > 0.05
   for f in (0, 30):
     classes = clip.frames.classes[f]
@@ -226,7 +233,7 @@ def test_results_do_not_depend_on_the_number_of_processes(subject, video, tmp_pa
 
 def test_the_page_is_whole_in_itself_and_escapes_names(subject):
   text = (subject[0] / "report.html").read_text()
-  assert text.count("<svg") == 4 and "data:image/jpeg;base64," in text
+  assert text.count("<svg") == 5 and "data:image/jpeg;base64," in text
   assert not re.search(r"(src|href)=\"(?!data:)|https?:|<script|@import|url\(", text)
   for line in subject[1]["warnings"]:
     assert html.escape(line) in text
