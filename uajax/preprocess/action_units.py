@@ -116,7 +116,8 @@ def look(
     middle = points[:, list(corners), :2].mean(1)
     away.append(points[:, iris, :2] - middle)
   both = np.mean(away, axis=0)
-  near = ndi.binary_dilation(present & (closed > SHUT * BLINK), iterations=BLINK_FRAMES)
+  shut = present & (closed > SHUT * BLINK)
+  near = np.asarray(ndi.binary_dilation(shut, iterations=BLINK_FRAMES), bool)
   seeing = np.flatnonzero(present & ~near)
   if not len(seeing):
     return np.zeros((len(points), 2))
@@ -154,7 +155,7 @@ def estimate(
   rest = float(np.percentile(blink, 25))
   read = np.clip((blink - rest - 0.05) / max(0.75 - rest, 0.2), 0, 1)
   shut = (closed + read) / 2
-  near = ndi.binary_dilation(shut > BLINK, iterations=BLINK_FRAMES)
+  near = np.asarray(ndi.binary_dilation(shut > BLINK, iterations=BLINK_FRAMES), bool)
   seeing = np.flatnonzero(~near)
 
   def bridged(value: np.ndarray) -> np.ndarray:
