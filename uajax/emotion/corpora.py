@@ -220,9 +220,7 @@ def _read_csv(path: pathlib.Path) -> list[Utterance]:
   return [_row(path, line, columns, row) for line, row in rows]
 
 
-def _row(
-  path: pathlib.Path, line: int, columns: Sequence[str], row: Sequence[str]
-) -> Utterance:
+def _row(path: pathlib.Path, line: int, columns: Sequence[str], row: Sequence[str]) -> Utterance:
   where = f"{path}, row {line}"
   if len(row) != len(columns):
     raise UserError(f"{where} has {len(row)} values for {len(columns)} columns: correct it")
