@@ -32,7 +32,7 @@ SHUT_EYES = 1.5  # AU45 above it: a blink
 PROFILE_DEG = 40.0  # turned farther, tracking is weak
 # Of layers: on real clips these lie at 0, at 0.94 to 0.998, and at 0.85 to 0.93.
 MOST_EMPTY, LEAST_STEADY, LEAST_AT_JAW = 0.02, 0.9, 0.7
-# How a layer that flickers or lacks will show.
+# How a layer that flickers will show.
 _RESTLESS = {
   "face": "the face's edge will be soft and restless",
   "hair": "hair will look smeared at its outline",
@@ -254,14 +254,19 @@ def _warn_of_sound(document: dict[str, Any]) -> list[str]:
 
 
 def _warn_of_masks(document: dict[str, Any], found: Found) -> list[str]:
-  out = []
+  out = warn_of_layers(document["layers"], document["frames"]["used"])
   if found.parser is not None:
     why = "is not at hand" if document["settings"]["parser"] else "was not wanted"
     out.append(
       f"masks come from mattes and landmarks ({found.parser} {why}): neck and hair edges are"
       " rougher"
     )
-  layers, used = document["layers"], document["frames"]["used"]
+  return out
+
+
+def warn_of_layers(layers: Mapping[str, Any], used: int) -> list[str]:
+  """What is weak in the layers of `used` frames; `layers` as `describe` has them."""
+  out = []
   for name, steadiness in layers["steadiness"].items():
     without = layers["frames_without"][name]
     if without == used:
@@ -273,8 +278,8 @@ def _warn_of_masks(document: dict[str, Any], found: Found) -> list[str]:
       )
     if steadiness is not None and steadiness < LEAST_STEADY:
       out.append(
-        f"the outline of the {name} flickers ({100 * (1 - steadiness):.0f} % of it changes from"
-        f" frame to frame; 1 to 6 % is usual): {_RESTLESS[name]}"
+        f"the {name}'s mask flickers ({100 * (1 - steadiness):.0f} % of it changes from frame to"
+        f" frame, beyond what the head moves; 1 to 6 % is usual): {_RESTLESS[name]}"
       )
   if layers["frames_without"]["mouth"] == used:
     out.append("the inner mouth was never found: the avatar's will be closed")

@@ -111,6 +111,7 @@ def test_a_wrong_ending_does_not_matter(faces, tmp_path):
   assert media.probe(path).frames == 60
 
 
+@pytest.mark.slow
 def test_of_two_people_and_two_scenes_one_is_followed(faces, tmp_path):
   """Two people side by side, the right one larger; then a cut to another room, and back."""
   frames, sound = faces

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -47,7 +49,16 @@ def turn_error_deg(a, b):
   return np.degrees([np.linalg.norm(track._logm(r)) for r in each])
 
 
-def test_recovers_known_poses_and_leaves_speech_out_of_them(mesh):
+class Fitted(NamedTuple):
+  found: track.Track
+  truth: np.ndarray  # viewmats
+  present: np.ndarray
+  calls: int
+
+
+@pytest.fixture(scope="module")
+def fitted(mesh):
+  """What is found of three seconds in which the face is gone for a moment."""
   points, scores, truth = make_clip(mesh, focal=500.0)
   present = np.ones(len(points), bool)
   present[30:34] = False  # no face there: the pose goes on smoothly
@@ -56,7 +67,12 @@ def test_recovers_known_poses_and_leaves_speech_out_of_them(mesh):
   found = track.fit(
     points, scores, present, mesh, SIZE, SIZE, focal_px=500.0, advance=lambda: calls.append(1)
   )
-  assert len(calls) == track.steps(500.0)
+  return Fitted(found, truth, present, len(calls))
+
+
+def test_recovers_known_poses_and_leaves_speech_out_of_them(fitted):
+  found, truth, present, calls = fitted
+  assert calls == track.steps(500.0)
   assert turn_error_deg(found.viewmats, truth)[present].max() < 0.5
   assert turn_error_deg(found.viewmats, truth)[~present].max() < 1.0
   distance = found.viewmats[:, 2, 3] / truth[:, 2, 3]
@@ -73,11 +89,8 @@ def test_finds_the_focal_length(mesh):
   assert found.focal_px == pytest.approx(420, rel=0.1) and 0 < found.focal_spread < 0.3
 
 
-def test_unproject_undoes_project(mesh):
-  points, scores, truth = make_clip(mesh, focal=500.0, frames=30)
-  found = track.fit(
-    points, scores, np.ones(30, bool), mesh, SIZE, SIZE, focal_px=500.0, rounds=2
-  )
+def test_unproject_undoes_project(fitted):
+  found = fitted.found
   pixels = track.project(found.shape, found.viewmats, found.focal_px, SIZE, SIZE)
   back = track.unproject(pixels, found, SIZE, SIZE)
   np.testing.assert_allclose(back, np.broadcast_to(found.shape[None], back.shape), atol=1e-9)

@@ -1,7 +1,7 @@
 """Preprocessing against the procedural person, whose truth is known.
 
 The tracker is tested by itself, on the true places of points of the person's skin with the noise
-of a landmark network, and end to end, on a video of the person (slow). What no tracker can know
+of a landmark network, and end to end, on a video of the person. What no tracker can know
 is taken out before poses are compared: where the head's own axes lie and how they are turned (one
 rigid motion for the whole clip), and how many metres a unit is (one scale).
 Axes: f frames, p landmarks.
@@ -107,7 +107,8 @@ def see(played):
   return scores
 
 
-@pytest.mark.parametrize("noise_px", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow  # track_test holds the tracker against simpler truths
+@pytest.mark.parametrize("noise_px", [0.3, 1.0])
 def test_tracker_finds_pose_and_focal_length_from_true_landmarks(shared, noise_px):
   landmarker = landmarks.Landmarker(shared("models/face_landmarker.task"), threads=1)
   person = synthetic.Person(size_px=512)
