@@ -25,6 +25,10 @@ from uajax.speech.features import Views
 from uajax.types import EMOTION, FPS
 
 NEUTRAL = "neutral"
+# Of the second cepstral coefficient to a dB of slope over all bands: sum of the half cosine times a
+# line from -1/2 to 1/2, with the cosine transform's factor.
+_BANDS = (np.arange(128) + 0.5) / 128
+_SLOPE = float(np.sqrt(2 / 128) * (np.cos(np.pi * _BANDS) * (0.5 - _BANDS)).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,12 @@ class DistillConfig:
   tap_weight: float = 0.5
   pretrained_rate: float = 0.1  # of wav2vec2 beside all else, where it came with weights
   stride: int = 2  # frames between the windows trained on
+  level_db: float = 4.0  # deviation of how much louder or softer the windows are made
+  # What little data needs, and the paper does without:
+  smoothing: float = 0.0  # of the targets, towards all labels alike
+  mixup: float = 0.0  # share of the windows that are mixed with another one, targets alike
+  tilt_db: float = 0.0  # deviation of a random slope of the spectra, dB from 0 to 4 kHz
+  mask_steps: int = 0  # most steps of 10 ms that are hidden at one place, in the two spectral views
   fit: FitConfig = FitConfig(rate=1e-4, weight_decay=0.01)
 
 
@@ -72,11 +82,10 @@ def window_means(
 
 def ranges(recordings: Sequence[Recording]) -> Ranges:
   """How the recordings spread, in each frequency bin and each cepstral coefficient."""
-  spectra = np.concatenate([r.whole.spectrogram for r in recordings], axis=1)
+  low = np.min([np.min(r.whole.spectrogram, axis=1) for r in recordings], axis=0)
+  high = np.max([np.max(r.whole.spectrogram, axis=1) for r in recordings], axis=0)
   cepstra = np.concatenate([r.whole.mfcc for r in recordings])
-  return Ranges(
-    spectra.min(axis=1), spectra.max(axis=1), cepstra.mean(axis=0), cepstra.std(axis=0) + 1e-3
-  )
+  return Ranges(low, high, cepstra.mean(axis=0), cepstra.std(axis=0) + 1e-3)
 
 
 def train(
@@ -97,7 +106,7 @@ def train(
     listen: pretrained wav2vec2 parameters of `config.wav`; without them it starts from scratch.
   """
   visual = next((r.visual.shape[1] for r in recordings if r.visual is not None), None)
-  net, align = EmotionNet(labels, config), AligningNet(visual or 1)
+  align = AligningNet(visual or 1)
   learn, judged = [], []
   for i, r in enumerate(recordings):
     labelled = r.teaching.sum(axis=1) > 0
@@ -126,52 +135,17 @@ def train(
         else window_means(r.visual, at, config.window_s)
       )
     views = Views(*(np.concatenate(x) for x in zip(*cuts, strict=True)))
-    return views, np.concatenate(targets), np.concatenate(seen)
+    return _Batch(views, np.concatenate(targets), np.concatenate(seen), spread)
 
   def draw(rng: np.random.Generator):
     return windows(learn[rng.choice(len(learn), settings.fit.batch, p=odds)])
 
-  def distance(heard, params, target, seen, mask):
-    entropy = -(target * jax.nn.log_softmax(heard.logits)).sum(-1)
-    tapped = -(target * jax.nn.log_softmax(heard.tap_logits)).sum(-1)
-    value = entropy.mean() + settings.tap_weight * tapped.mean()
-    if visual is not None:
-      aligned: Any = align.apply({"params": params["align"]}, heard.joint)
-      said = _unit(aligned)
-      told = _unit(seen)
-      apart = (1 - (said * told).sum(-1)) + jnp.square(said - told).mean(-1)
-      value += settings.align_weight * (apart * mask).sum() / jnp.maximum(mask.sum(), 1.0)
-    return value
-
-  def loss(params: Params, batch, key):
-    views, target, seen = batch
-    k_drop, k_loud, k_noise, k_shift, k_mask = jax.random.split(key, 5)
-    noise = jnp.exp(jax.random.uniform(k_loud, (len(target), 1), minval=-7.0, maxval=-2.0))
-    waveform = views.waveform + noise * jax.random.normal(k_noise, views.waveform.shape)
-    level = 4.0 * jax.random.normal(k_shift, (len(target), 1, 1))
-    # In the cepstra a level is an offset of the first coefficient, sqrt(128 bands) to a dB.
-    cepstra = views.mfcc.at[..., :1].add(level * np.sqrt(128.0))
-    bins = jnp.arange(views.spectrogram.shape[1])[None, :, None]
-    begin = jax.random.randint(k_mask, (len(target), 1, 1), 0, views.spectrogram.shape[1])
-    masked = (bins >= begin) & (bins < begin + 20)
-    spectrum_db = jnp.where(masked, features.SILENT_DB, views.spectrogram + level)
-    heard = net.apply(
-      {"params": params["trunk"]},
-      Views(spectrum_db, cepstra, waveform),
-      spread,
-      train=True,
-      rngs={"dropout": k_drop},
-    )
-    return distance(heard, params, target, seen, (jnp.abs(seen).sum(-1) > 0).astype(jnp.float32))
-
-  def score(params: Params, batch):
-    views, target, seen = batch
-    heard = net.apply({"params": params["trunk"]}, views, spread)
-    return distance(heard, params, target, seen, (jnp.abs(seen).sum(-1) > 0).astype(jnp.float32))
-
   params: dict[str, Any] = {"trunk": initialise(config, labels, seed, listen)}
   if visual is not None:
     params["align"] = align.init(random_key(seed + 1), jnp.zeros((1, 3 * EMOTION)))["params"]
+  if config.standardise:
+    params["trunk"] = _standardise(params["trunk"], draw, labels, config, seed)
+  loss, score = _losses(labels, config, settings, visual)
   rates = None
   if listen is not None:
     rates = jax.tree.map(lambda _: 1.0, params)
@@ -187,6 +161,116 @@ def train(
     score=score if len(judged) else None,
     held_out=windows(judged) if len(judged) else None,
   )
+
+
+class _Batch(NamedTuple):
+  views: Views
+  target: Float[Array | np.ndarray, "b l"]
+  seen: Float[Array | np.ndarray, "b v"]  # zeros where no face was seen
+  spread: Ranges
+
+
+@functools.lru_cache(maxsize=8)
+def _losses(labels: int, config: EmotionConfig, settings: DistillConfig, visual: int | None):
+  """Loss and score; the same functions for the same settings, so that they compile once."""
+  net, align = EmotionNet(labels, config), AligningNet(visual or 1)
+
+  def distance(heard, params, target, seen):
+    entropy = -(target * jax.nn.log_softmax(heard.logits)).sum(-1)
+    tapped = -(target * jax.nn.log_softmax(heard.tap_logits)).sum(-1)
+    value = entropy.mean() + settings.tap_weight * tapped.mean()
+    if visual is not None:
+      aligned: Any = align.apply({"params": params["align"]}, heard.joint)
+      mask = (jnp.abs(seen).sum(-1) > 0).astype(jnp.float32)
+      said = _unit(aligned)
+      told = _unit(seen)
+      apart = (1 - (said * told).sum(-1)) + jnp.square(said - told).mean(-1)
+      value += settings.align_weight * (apart * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+    return value
+
+  def loss(params: Params, batch: _Batch, key):
+    k_drop, k_change, k_mix = jax.random.split(key, 3)
+    views, target = _changed(batch.views, settings, k_change), batch.target
+    if settings.mixup:
+      k_share, k_which = jax.random.split(k_mix)
+      share = jax.random.uniform(k_share, (len(target),))
+      share = jnp.where(jax.random.uniform(k_which, share.shape) < settings.mixup, share, 1.0)
+      mix = lambda x: _times(share, x) + _times(1 - share, jnp.roll(x, 1, axis=0))
+      views, target = jax.tree.map(mix, views), mix(target)
+    target = (1 - settings.smoothing) * target + settings.smoothing / labels
+    heard = net.apply(
+      {"params": params["trunk"]}, views, batch.spread, train=True, rngs={"dropout": k_drop}
+    )
+    return distance(heard, params, target, batch.seen)
+
+  def score(params: Params, batch: _Batch):
+    heard = net.apply({"params": params["trunk"]}, batch.views, batch.spread)
+    return distance(heard, params, batch.target, batch.seen)
+
+  return loss, score
+
+
+def _times(factor: Float[Array, " b"], x: Array) -> Array:
+  return factor.reshape(-1, *(1,) * (x.ndim - 1)) * x
+
+
+def _changed(views: Views, settings: DistillConfig, key: Array) -> Views:
+  """Windows as another room or another distance would have made them, with parts hidden."""
+  k_loud, k_noise, k_shift, k_mask, k_tilt, k_from, k_long = jax.random.split(key, 7)
+  b, bins, steps = views.spectrogram.shape
+  noise = jnp.exp(jax.random.uniform(k_loud, (b, 1), minval=-7.0, maxval=-2.0))
+  # Evenly distributed: half the cost of normal noise, and no other sound.
+  limit = np.sqrt(3.0)
+  waveform = views.waveform + noise * jax.random.uniform(
+    k_noise, views.waveform.shape, minval=-limit, maxval=limit
+  )
+  level = settings.level_db * jax.random.normal(k_shift, (b, 1, 1))
+  # In the cepstra a level is an offset of the first coefficient, sqrt(128 bands) to a dB.
+  cepstra = jnp.asarray(views.mfcc).at[..., :1].add(level * np.sqrt(128.0))
+  spectrum_db = views.spectrogram + level
+  at = jnp.arange(bins)[None, :, None]
+  if settings.tilt_db:
+    tilt = settings.tilt_db * jax.random.normal(k_tilt, (b, 1, 1))
+    spectrum_db += tilt * (at / bins - 0.5)
+    # The same slope over the mel bands, as the second coefficient has it (a half cosine).
+    cepstra = cepstra.at[..., 1:2].add(-tilt * _SLOPE)
+  begin = jax.random.randint(k_mask, (b, 1, 1), 0, bins)
+  hidden = (at >= begin) & (at < begin + 20)
+  if settings.mask_steps:
+    t = jnp.arange(steps)[None, None, :]
+    first = jax.random.randint(k_from, (b, 1, 1), 0, steps)
+    last = first + jax.random.randint(k_long, (b, 1, 1), 0, settings.mask_steps + 1)
+    gone = (t >= first) & (t < last)
+    hidden |= gone
+    mean = cepstra.mean(axis=1, keepdims=True)
+    cepstra = jnp.where(gone[:, 0, :, None], mean, cepstra)
+  hidden |= views.spectrogram <= features.SILENT_DB  # what is silent stays silent
+  return Views(jnp.where(hidden, features.SILENT_DB, spectrum_db), cepstra, waveform)
+
+
+def _standardise(trunk: Params, draw, labels: int, config: EmotionConfig, seed: int) -> Params:
+  """The trunk with its `Standard` layers set from a few batches of training windows."""
+  rng = np.random.default_rng(seed)
+  raw: dict[str, list] = {}
+  for _ in range(8):
+    batch = draw(rng)
+    for name, rows in _raw(trunk, batch.views, batch.spread, labels, config).items():
+      raw.setdefault(name, []).append(np.asarray(rows))
+  for name, parts in raw.items():
+    rows = np.concatenate(parts)
+    deviation = rows.std(axis=0)
+    scale = 1 / np.maximum(deviation, 1e-3 + 0.01 * deviation.max())
+    trunk = {**trunk, name: {"scale": scale, "offset": -rows.mean(axis=0) * scale}}
+  return trunk
+
+
+@functools.partial(jax.jit, static_argnames=("labels", "config"))
+def _raw(trunk, views, spread, labels, config):
+  """What goes into each `Standard` layer."""
+  net = EmotionNet(labels, config)
+  _, state = net.apply({"params": trunk}, views, spread, mutable=["intermediates"])
+  found: Any = state["intermediates"]
+  return {name: layer["raw"][0] for name, layer in found.items()}
 
 
 def _unit(x: Float[Array, "b v"]) -> Float[Array, "b v"]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uajax.priors.fit import random_key
-from uajax.speech.features import CEPSTRA, SPECTRUM_BINS, Views
+from uajax.speech.features import CEPSTRA, SILENT_DB, SPECTRUM_BINS, Views
 from uajax.speech.recurrent import BiLSTM
 from uajax.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from uajax.types import EMOTION, SAMPLE_RATE_HZ
@@ -29,6 +29,9 @@ class EmotionConfig:
   channels: int = 3  # equal copies of it, as networks trained on pictures expect
   convolutions: tuple[int, int, int, int, int] = (64, 192, 384, 256, 256)  # AlexNet's
   pool: tuple[int, int] = (6, 6)
+  # What follows the convolutions: means over a grid of `pool` cells (the paper), or mean and
+  # deviation over time of what goes in and what comes out.
+  look_pool: Literal["grid", "statistics"] = "grid"
   lstm: int = 256
   lstm_layers: int = 2
   lstm_dropout: float = 0.5
@@ -38,7 +41,16 @@ class EmotionConfig:
   # The BiLSTM's input: each frame brought to length 1 (the paper), or each coefficient to mean 0
   # and variance 1 over the training speech, which little data needs (c0 outweighs all else).
   cepstra: Literal["unit", "standard"] = "unit"
+  deltas: bool = False  # whether the BiLSTM is given the cepstra's slopes besides
+  lstm_stride: int = 1  # steps of 10 ms that it reads at once, as their mean
   wav: Wav2Vec2Config = Wav2Vec2Config()
+  # What goes on of the waveform's steps: their sum by attention (the paper), or besides it their
+  # mean and deviation.
+  wav_pool: Literal["attention", "statistics"] = "attention"
+  # Whether each branch's numbers are brought to mean 0 and variance 1 over the training windows
+  # before its layer (from where they train on); what little data cannot learn otherwise.
+  standardise: bool = False
+  skip_silence: bool = False  # statistics leave out steps where nothing sounds, padding above all
   dropout: float = 0.1
   tap: Literal["F1", "F2", "F3"] = "F1"  # which 128 numbers are the emotion feature
 
@@ -84,26 +96,21 @@ class EmotionNet(nn.Module):
     def dense(x, width, name):
       return nn.Dense(width, name=name)(nn.Dropout(c.dropout, deterministic=not train)(x))
 
+    def branch(x, name):
+      return dense(Standard(name=f"{name}_scale")(x) if c.standardise else x, EMOTION, name)
+
     image = picture(views.spectrogram, ranges.low_db, ranges.high_db, c.image, c.channels)
-    seen = self.look(image)
-    s = nn.relu(dense(seen, EMOTION, "spectrogram"))
-    if c.cepstra == "unit":
-      lengths = jnp.linalg.norm(views.mfcc, axis=-1, keepdims=True)
-      cepstra = views.mfcc / jnp.maximum(lengths, 1e-6)
-    else:
-      cepstra = (views.mfcc - ranges.mean[None, None]) / ranges.deviation[None, None]
-    followed = BiLSTM(c.lstm, c.lstm_layers, c.lstm_dropout, name="follow")(cepstra, train=train)
-    if c.lstm_pool == "flatten":
-      followed = followed.reshape(len(followed), -1)
-    else:
-      both = jnp.concatenate([cepstra, followed], axis=-1)
-      followed = jnp.concatenate([both.mean(axis=1), both.std(axis=1)], axis=-1)
-    m = nn.relu(dense(followed, EMOTION, "mfcc"))
+    sounds = (jnp.asarray(views.spectrogram) > SILENT_DB + 0.5).any(axis=1) | (not c.skip_silence)
+    sounds = sounds.astype(jnp.float32)
+    s = nn.relu(branch(self.look(image, sounds), "spectrogram"))
+    m = nn.relu(branch(self.follow(views.mfcc, ranges, sounds, train), "mfcc"))
     steps = c.wav.steps(c.samples)
     attention = nn.relu(dense(jnp.concatenate([s, m], -1), steps, "attention"))  # raw, as Q53
     hidden, _ = Wav2Vec2(c.wav, name="listen")(views.waveform, train=train)
     weighed = jnp.einsum("bu,bud->bd", attention, hidden)
-    w = nn.relu(dense(weighed, EMOTION, "waveform"))
+    if c.wav_pool == "statistics":
+      weighed = jnp.concatenate([weighed, statistics(hidden, resampled(sounds, steps))], -1)
+    w = nn.relu(branch(weighed, "waveform"))
     joint = jnp.concatenate([s, m, w], -1)
     f2 = nn.relu(dense(joint, EMOTION, "discriminate_0"))
     f3 = nn.relu(dense(f2, EMOTION, "discriminate_1"))
@@ -111,19 +118,80 @@ class EmotionNet(nn.Module):
     tapped = {"F1": w, "F2": f2, "F3": f3}[c.tap]
     return Heard(w, f2, f3, logits, joint, nn.Dense(self.labels, name="tapped")(tapped))
 
-  def look(self, x: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
+  def look(self, x: Float[Array, "b h w c"], sounds: Float[Array, "b t"]) -> Float[Array, "b e"]:
     """AlexNet's convolutions, channels flattened first as torch does."""
+    c, image = self.config, x
     shapes = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
-    for i, (width, (kernel, stride, pad)) in enumerate(
-      zip(self.config.convolutions, shapes, strict=True)
-    ):
+    for i, (width, (kernel, stride, pad)) in enumerate(zip(c.convolutions, shapes, strict=True)):
       x = nn.relu(
         nn.Conv(width, (kernel, kernel), (stride, stride), padding=pad, name=f"look_{i}")(x)
       )
       if i in (0, 1, 4):
         x = nn.max_pool(x, (3, 3), (2, 2))
-    x = adaptive_average(x, self.config.pool)
+    if c.look_pool == "statistics":
+      parts = (image[..., :1], x)
+      return jnp.concatenate(
+        [statistics(rows_as_channels(y), resampled(sounds, y.shape[2])) for y in parts], axis=-1
+      )
+    x = adaptive_average(x, c.pool)
     return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+
+  def follow(
+    self,
+    mfcc: Float[Array | np.ndarray, "b t 40"],
+    ranges: Ranges,
+    sounds: Float[Array, "b t"],
+    train: bool,
+  ) -> Float[Array, "b e"]:
+    """What the BiLSTM makes of the cepstra."""
+    c = self.config
+    if c.cepstra == "unit":
+      lengths = jnp.linalg.norm(mfcc, axis=-1, keepdims=True)
+      x = mfcc / jnp.maximum(lengths, 1e-6)
+    else:
+      x = (mfcc - ranges.mean[None, None]) / ranges.deviation[None, None]
+    if c.deltas:
+      edged = jnp.pad(x, ((0, 0), (2, 2), (0, 0)), mode="edge")
+      x = jnp.concatenate([x, edged[:, 4:] - edged[:, :-4]], axis=-1)
+    full = jnp.asarray(x)
+    if c.lstm_stride > 1:
+      steps = x.shape[1] // c.lstm_stride
+      x = x[:, : steps * c.lstm_stride].reshape(len(x), steps, c.lstm_stride, -1).mean(axis=2)
+    followed = BiLSTM(c.lstm, c.lstm_layers, c.lstm_dropout, name="follow")(x, train=train)
+    if c.lstm_pool == "flatten":
+      return followed.reshape(len(followed), -1)
+    into = statistics(full, sounds)
+    out = statistics(followed, resampled(sounds, followed.shape[1]))
+    means, deviations = zip(jnp.split(into, 2, -1), jnp.split(out, 2, -1), strict=True)
+    return jnp.concatenate([*means, *deviations], axis=-1)
+
+
+class Standard(nn.Module):
+  """x scale + offset; `distill.train` sets both from the training windows before it begins."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    offset = self.param("offset", nn.initializers.zeros, (x.shape[-1],))
+    self.sow("intermediates", "raw", x)
+    return x * scale[None] + offset[None]
+
+
+def statistics(x: Float[Array, "b t d"], weight: Float[Array, "b t"]) -> Float[Array, "b 2d"]:
+  """Mean and deviation over the steps that sound."""
+  share = (weight / jnp.maximum(weight.sum(axis=1, keepdims=True), 1e-3))[..., None]
+  mean = (share * x).sum(axis=1)
+  variance = (share * jnp.square(x - mean[:, None])).sum(axis=1)
+  return jnp.concatenate([mean, jnp.sqrt(variance + 1e-6)], axis=-1)
+
+
+def rows_as_channels(x: Float[Array, "b h w c"]) -> Float[Array, "b w hc"]:
+  return x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)
+
+
+def resampled(sounds: Float[Array, "b t"], steps: int) -> Float[Array, "b n"]:
+  """The share of each of fewer steps that sounds."""
+  return adaptive_average(sounds[:, :, None, None], (steps, 1))[:, :, 0, 0]
 
 
 class AligningNet(nn.Module):

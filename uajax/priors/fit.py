@@ -64,27 +64,8 @@ def fit(
     UserError: the loss is no longer finite.
   """
   steps = max(config.block, config.steps)
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.rate, max(1, min(500, steps // 10)), steps, 0.02 * config.rate
-  )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay)
-  )
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, batch):
-    params, average, moments, key, count = state
-    key, used = jax.random.split(key)
-    value, grads = jax.value_and_grad(loss)(params, batch, used)
-    updates, moments = optimizer.update(grads, moments, params)
-    if rates is not None:
-      updates = jax.tree.map(lambda u, r: r * u, updates, rates)
-    params = optax.apply_updates(params, updates)
-    keep = jnp.minimum(config.averaging, (1.0 + count) / (10.0 + count))
-    average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
-    return (params, average, moments, key, count + 1), value
-
-  judge = None if score is None else jax.jit(score)
+  optimizer, step = _stepper(loss, config)
+  judge = None if score is None else _jitted(score)
   params = jax.tree.map(jnp.array, params)  # copies: a step gives its state's buffers away
   average = jax.tree.map(jnp.array, params)
   state = (params, average, optimizer.init(params), random_key(seed), jnp.zeros(()))
@@ -94,7 +75,7 @@ def fit(
   for _ in range(-(-steps // config.block)):
     values = []
     for _ in range(config.block):
-      state, value = step(state, draw(rng))
+      state, value = step(state, draw(rng), rates)
       values.append(value)
     mean = float(np.mean([float(v) for v in values]))
     if not np.isfinite(mean):
@@ -112,6 +93,38 @@ def fit(
       break
   progress.close(f"best score {best_score:.4f}")
   return Fitted(best, float(best_score), tuple(history))
+
+
+@functools.lru_cache(maxsize=1)  # what a loss closes over stays until another is fitted
+def _stepper(loss, config: FitConfig):
+  """The optimizer and a step of `fit`, compiled once for a loss that is fitted more than once."""
+  steps = max(config.block, config.steps)
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.rate, max(1, min(500, steps // 10)), steps, 0.02 * config.rate
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay)
+  )
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, batch, rates):
+    params, average, moments, key, count = state
+    key, used = jax.random.split(key)
+    value, grads = jax.value_and_grad(loss)(params, batch, used)
+    updates, moments = optimizer.update(grads, moments, params)
+    if rates is not None:
+      updates = jax.tree.map(lambda u, r: r * u, updates, rates)
+    params = optax.apply_updates(params, updates)
+    keep = jnp.minimum(config.averaging, (1.0 + count) / (10.0 + count))
+    average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
+    return (params, average, moments, key, count + 1), value
+
+  return optimizer, step
+
+
+@functools.lru_cache(maxsize=1)
+def _jitted(score):
+  return jax.jit(score)
 
 
 def random_key(seed: int) -> Array:
