@@ -87,7 +87,7 @@ CORPUS = CorpusConfig(
     smoothing=0.1,
     tilt_db=3.0,
     mask_steps=50,
-    fit=FitConfig(steps=400, batch=16, rate=2e-3, block=100, averaging=0.98, weight_decay=0.05),
+    fit=FitConfig(steps=800, batch=16, rate=2e-3, block=100, averaging=0.98, weight_decay=0.05),
   ),
 )
 

@@ -50,6 +50,7 @@ def corpus(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_speakers_never_met_are_understood(corpus, tmp_path):
   report = crossvalidate.run(corpus, ["angry", "sad"], TINY)
   assert report["held_out"] == [["03"], ["04"], ["05"]] and report["utterances"] == 24
