@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         partial.write_text(json.dumps(report, indent=1))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return 1
   print(describe(report))
   return 0
 
@@ -213,7 +213,7 @@ def describe(report: dict) -> str:
   lines.append(
     f"{report['utterances']} utterances, {len(report['held_out'])} folds; decoding"
     f" {report['decoding_s']:.0f} s, training {report['training_s']:.0f} s a seed,"
-    f" {report['cpu_s']:.0f} s of processor time in all"
+    f" {report['cpu_s']:.0f} s of processor time in all; the waveform's branch starts from scratch"
   )
   return "\n".join(lines)
 

@@ -72,7 +72,7 @@ def test_speakers_never_met_are_understood(corpus, tmp_path):
   ],
 )
 def test_wrong_use_is_one_line(corpus, capsys, words, message):
-  assert crossvalidate.main([str(corpus), *words]) == 2
+  assert crossvalidate.main([str(corpus), *words]) == 1
   said = capsys.readouterr().err
   assert said.count("\n") == 1
   assert re.search(message, said)
