@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 from jax.sharding import NamedSharding, PartitionSpec
 
-from uajax import hosts, runs, saving
+from uajax import hosts, metrics, runs, saving
 from uajax.avatar import Avatar, Layer, init_motion, render
 from uajax.config import Experiment, Stage
 from uajax.data import loader
@@ -214,6 +214,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
     if end not in ends:
       continue
     count, changed = end - begun, None
+    shows = journal and (step % experiment.picture_every == 0 or step == stage.steps)
     if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (
         step < stage.densify.until or (stage.name == "face" and step < stage.steps)):
       state, changed = grow_and_prune(experiment, stage, state, fed.material, key)
@@ -226,16 +227,17 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         experiment, number, step, state, sums, arrays, perceptual, at.capacity))
       took = time.monotonic() - began
       report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
+      if shows:
+        report |= _show(journal, before + step, stage, state.avatar, shown)
       if journal:
         journal.write(before + step, stage.name, step, report)
       at = _with_capacity(stage, state, at, report["overflow"])
       if int(state.skipped) >= GIVE_UP_AFTER:
         here = at._replace(stage=number, step=step, total=before + step)
         raise _Diverged(stage, here, int(state.skipped))
+    elif shows:
+      _show(journal, before + step, stage, state.avatar, shown)
     done, stopping = step == stage.steps, hosts.largest(asked[0] if asked else 0)
-    if journal and (step % experiment.picture_every == 0 or done):
-      picture = _picture(hosts.local(state.avatar), stage, shown)
-      journal.picture(before + step, stage.name, picture)
     here = at._replace(stage=number, step=step, total=before + step)
     training = _training(state)
     if done:
@@ -379,14 +381,21 @@ def _census(stage: Stage, state: State, changed) -> dict:
   return counts
 
 
-def _picture(avatar: Avatar, stage: Stage, frame: Frame) -> np.ndarray:
-  """uint8 [h 2w 3]: the render of a held-out frame beside its truth."""
+def _show(journal: "Journal", total: int, stage: Stage, avatar: Avatar, frame: Frame) -> dict:
+  """Keeps a picture of a held-out frame, the stage's layer beside the truth.
+
+  Returns:
+    held_out_psnr_db of that frame as both layers and the background now make it, whatever the
+    stage: what runs of the same subject can be compared by while they train.
+  """
   background = jnp.asarray(frame.background, jnp.float32) / 255
-  image = jax.jit(render)(avatar, jax.tree.map(jnp.asarray, frame.controls),
+  image = jax.jit(render)(hosts.local(avatar), jax.tree.map(jnp.asarray, frame.controls),
                           jax.tree.map(jnp.asarray, frame.camera), background)
   shown = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}[stage.name]
   shown = np.asarray(jnp.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
-  return np.concatenate([shown, np.asarray(frame.image)], 1)
+  journal.picture(total, stage.name, np.concatenate([shown, np.asarray(frame.image)], 1))
+  truth = jnp.asarray(frame.image, jnp.float32) / 255
+  return {"held_out_psnr_db": float(metrics.psnr(jnp.clip(image.composite, 0, 1), truth))}
 
 
 class Journal:

@@ -87,6 +87,8 @@ def test_a_run_trains_grows_and_reports(trained):
   mouth = [row["mouth_splats"] for row in rows if row["stage"] == "mouth"]
   assert mouth[0] > 24 and mouth[-1] > 32, "splats grow, and past the first 32 slots"
   assert len(list((trained.path / "pictures").glob("*.png"))) == 3
+  seen = {row["total"]: row["held_out_psnr_db"] for row in rows if "held_out_psnr_db" in row}
+  assert list(seen) == [8, 16, 18] and all(0 < db < 60 for db in seen.values())
   assert list((trained.path / "tensorboard").glob("events.*"))
   assert "complete" in trained.progress()
   assert all(np.isfinite(leaf).all() for leaf in leaves(trained))
