@@ -9,7 +9,7 @@ PRESET ?= quick
 PROCESSES ?= logical
 ARGS ?=
 
-.PHONY: setup demo test test-device test-all lint format bench bench-steps doctor preprocess extract train synthesize evaluate export clean
+.PHONY: setup demo test test-device test-all lint format bench bench-steps doctor preprocess extract train sweep synthesize evaluate export clean
 
 setup:  ## creates .venv and installs everything; DEVICE adds the accelerator's JAX plugin
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,9 @@ extract:
 
 train:  ## SUBJECT=data/me RUN=runs/me PRESET=quick|paper, or EXPERIMENT=experiments/x.py; one of two hosts: ARGS="--batch 2 --coordinator HOST:PORT --processes 2 --process 0"
 	$(BIN)/uajax train $(SUBJECT) --workdir $(RUN) $(if $(EXPERIMENT),--experiment $(EXPERIMENT),--preset $(PRESET)) $(ARGS)
+
+sweep:  ## EXPERIMENT=experiments/rates.py SUBJECT="data/me data/you" ARGS="--search optuna --trials 30"; pip install -r requirements-sweep.txt
+	$(BIN)/uajax sweep $(EXPERIMENT) $(SUBJECT) $(ARGS)
 
 synthesize:  ## RUN=runs/me AUDIO=speech.wav OUT=talk.mp4
 	$(BIN)/uajax synthesize $(RUN) --audio $(AUDIO) --out $(OUT) $(ARGS)

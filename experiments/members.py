@@ -1,8 +1,10 @@
 r"""Is the ensemble worth its cost? One, three and ten members a modality, quick schedule.
 
     uajax train data/may --workdir runs/may_members3 --experiment experiments/members.py
+    uajax sweep experiments/members.py data/may
 
-`get_config` is the middle one; `sweep` yields all three for a sweep over devices.
+`get_config` is the middle one; `sweep` yields all three, which the second command trains side by
+side.
 """
 
 import dataclasses

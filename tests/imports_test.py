@@ -18,6 +18,8 @@ HOMES = {
   "grain": ("uajax.data.loader",),
   "ai_edge_litert": ("uajax.preprocess",),
   "tyro": ("uajax.cli",),
+  "ray": ("uajax.sweep.on_ray",),
+  "optuna": (),
   "matplotlib": (),
   "safetensors": (),
   "torch": (),

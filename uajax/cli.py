@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import traceback
+import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,6 @@ Preset = Literal["demo", "quick", "paper"]
 
 LATER = {
   "view": "the interactive viewer",
-  "sweep": "sweeps over many configurations",
 }
 
 
@@ -133,6 +133,89 @@ class Train:
       )
       if hosts.is_first():
         print(f"run folder: {self.workdir}; next: uajax evaluate {self.workdir}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Train variants of an experiment over devices and hosts; continues where the folder stands."""
+
+  experiment: Positional[Path]  # a Python file with get_config(), and space() or sweep() to vary
+  subjects: Positional[tuple[Path, ...]]  # subject folders: every one is tried
+  config: Annotated[config.Experiment, arg(name="")]
+  out: Path | None = None  # the folder of the sweep: made, or continued (default: sweeps/NAME)
+  over: tuple[str, ...] = ()  # settings to vary besides: face.densify.slots=1024,2048 seed=0,1
+  search: Literal["grid", "random", "optuna"] = "grid"
+  trials: int | None = None  # how many (default: the whole grid, or 20)
+  search_seed: int = 0  # of random and optuna
+  metric: str = "held_out_psnr_db"  # what is best: this, or a column of metrics.jsonl
+  mode: Literal["max", "min"] = "max"  # whether large or small is good
+  stopping: Literal["none", "asha", "median"] = "none"  # of trials that do worse than others
+  grace: int = 50  # per cent of its steps that every trial may train
+  retries: int = 3  # of a trial whose process died
+  retry_failed: bool = False  # run those again that failed when the command ran before
+  gpus_per_trial: float | None = None  # or a fraction (default: 1 where there are any)
+  cpus_per_trial: float | None = None  # (default: 1 beside a GPU, else all)
+  at_once: int | None = None  # no more trials at a time (default: as many as there is room for)
+  resource: tuple[str, ...] = ()  # a trial's, by the name that Ray has for it: TPU=4
+  address: str | None = None  # of a Ray cluster to join (default: this machine alone)
+  dashboard: bool = False  # have Ray show itself in the browser
+
+  def run(self) -> int:
+    amounts = [entry.partition("=") for entry in self.resource]
+    if any(not name or not amount.isdecimal() or not int(amount) for name, _, amount in amounts):
+      raise WrongUse(f"--resource {' '.join(self.resource)}: give NAME=NUMBER, such as TPU=4")
+    for name, value, least in (
+      ("trials", self.trials, 1), ("at-once", self.at_once, 1), ("grace", self.grace, 1),
+      ("retries", self.retries, 0),
+      ("gpus-per-trial", self.gpus_per_trial, 0), ("cpus-per-trial", self.cpus_per_trial, 0),
+    ):  # fmt: skip
+      if value is not None and not least <= value < float("inf"):
+        raise WrongUse(f"--{name} {value}: give {least} or more")
+    if self.grace > 100:
+      raise WrongUse(f"--grace {self.grace}: give per cent, 1 to 100")
+    if not self.subjects:
+      raise WrongUse("sweep needs subject folders: uajax sweep EXPERIMENT.py SUBJECT ...")
+    from uajax.sweep import search, space, trials
+
+    search.require("ray")
+    module = _run_file(self.experiment)
+    wanted = space.of_module(
+      module, _config_of(module, self.experiment), self.config, self.subjects, self.over
+    )
+    out = self.out or Path("sweeps") / self.experiment.stem
+    told = {"search": self.search, "search_seed": self.search_seed}
+    trials.open_sweep(out, told | {"metric": self.metric, "mode": self.mode} | wanted.encode())
+    with trials.held(out):
+      proposals = search.Proposals(
+        out, wanted, self.search, count=self.trials, seed=self.search_seed,
+        metric=self.metric, mode=self.mode, retry_failed=self.retry_failed,
+      )  # fmt: skip
+      from uajax.sweep import on_ray
+
+      on_ray.run(
+        out,
+        proposals,
+        on_ray.Settings(
+          cpus=self.cpus_per_trial,
+          gpus=self.gpus_per_trial,
+          resources={name: float(amount) for name, _, amount in amounts},
+          address=self.address,
+          at_once=self.at_once,
+          dashboard=self.dashboard,
+          stopping=self.stopping,
+          grace=self.grace,
+          retries=self.retries,
+        ),
+        self.metric,
+        self.mode,
+      )
+      table = trials.write_results(out, list(proposals.axes), self.metric, self.mode)
+    print(trials.as_markdown(table), end="")
+    best = table[0]
+    if best["state"] != "finished":
+      return _fail(f"no trial of {out} finished: see the reasons in {out / 'results.md'}", 1)
+    print(f"table: {out / 'results.md'}; next: uajax evaluate {out / best['run']}")
     return 0
 
 
@@ -339,6 +422,7 @@ COMMANDS: dict[str, type] = {
   "preprocess": Preprocess,
   "extract": Extract,
   "train": Train,
+  "sweep": Sweep,
   "synthesize": Synthesize,
   "verify": Verify,
   "evaluate": Evaluate,
@@ -377,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Stopped as stop:
     return _fail(str(stop), 128 + stop.signal)
   except KeyboardInterrupt:
-    resumes = words[:1] in (["train"], ["preprocess"], ["extract"])
+    resumes = words[:1] in (["train"], ["sweep"], ["preprocess"], ["extract"])
     left = "the same command goes on from here" if resumes else "nothing half-written is left"
     return _fail(f"interrupted: {left}", 130)
   except Exception as error:
@@ -400,6 +484,9 @@ def parse(words: Sequence[str]) -> Any:
     if kind is Train:
       first = words[:1] == ["train"]
       default["default"] = _train_defaults(words[1:] if first else [])
+    if kind is Sweep:
+      first = words[:1] == ["sweep"]
+      default["default"] = _sweep_defaults(words[1:] if first else [])
     entry = Annotated[kind, subcommand(name, **default)]  # pyright: ignore[reportInvalidTypeForm]
     commands = entry if commands is None else commands | entry  # pyright: ignore
   said = io.StringIO()
@@ -441,6 +528,10 @@ def load_experiment(path: Path) -> config.Experiment:
   Raises:
     UserError: no such file, it fails, or it gives something else.
   """
+  return _config_of(_run_file(path), path)
+
+
+def _run_file(path: Path) -> types.ModuleType:
   if not path.is_file():
     raise UserError(f"no experiment file {path}: give a Python file with get_config()")
   spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
@@ -449,14 +540,25 @@ def load_experiment(path: Path) -> config.Experiment:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
+  except Exception as error:
+    raise _failing(path, error) from error
+  return module
+
+
+def _config_of(module: types.ModuleType, path: Path) -> config.Experiment:
+  try:
     made = module.get_config()
   except Exception as error:
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    raise UserError(f"experiment {path} fails with {line}: mend the file") from error
+    raise _failing(path, error) from error
   if not isinstance(made, config.Experiment):
     kind = type(made).__name__
     raise UserError(f"get_config() of {path} gives a {kind}: return a uajax.config.Experiment")
   return made
+
+
+def _failing(path: Path, error: Exception) -> UserError:
+  line = " ".join(f"{type(error).__name__}: {error}".split())
+  return UserError(f"experiment {path} fails with {line}: mend the file")
 
 
 def _train_defaults(words: Sequence[str]) -> Train:
@@ -476,6 +578,15 @@ def _train_defaults(words: Sequence[str]) -> Train:
     # A name that is not a preset is refused by the second pass, which knows the choices.
     experiment = config.PRESETS.get(known.preset, config.quick)()
   return Train(subject=tyro.MISSING, workdir=tyro.MISSING, config=experiment)
+
+
+def _sweep_defaults(words: Sequence[str]) -> Sweep:
+  """What overrides start from: the experiment file, which comes first."""
+  asks = not words or any(word in ("-h", "--help") for word in words)
+  if not asks and words[0].startswith("-"):
+    raise WrongUse("the experiment file comes first: uajax sweep EXPERIMENT.py SUBJECT ...")
+  experiment = config.quick() if asks else load_experiment(Path(words[0]))
+  return Sweep(experiment=tyro.MISSING, subjects=(), config=experiment)
 
 
 def _flatten(box: str) -> str:

@@ -1,0 +1,319 @@
+"""Many trials over devices and hosts: Ray Tune decides when and where, a process trains each.
+
+The processes that Ray starts only watch: each starts `worker` as a process of its own with the
+devices that Ray gave it, and tells Tune what that one logs. What a sweep knows lies in its folder
+(`trials`), not in Ray's files; those are thrown away.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import ray  # pyright: ignore[reportMissingImports]
+from ray import tune  # pyright: ignore[reportMissingImports]
+from ray.tune import schedulers  # pyright: ignore[reportMissingImports]
+from ray.tune.search import Searcher  # pyright: ignore[reportMissingImports]
+
+from uajax.errors import Stopped, UserError
+from uajax.progress import Progress
+from uajax.sweep import search, trials, worker
+
+Stopping = Literal["none", "asha", "median"]
+LOOK_S = 0.5  # between looks at what a trial has logged
+STORE_BYTES = 128 * 2**20  # shared memory of a local Ray, through which only figures go
+_QUIET = {
+  "RAY_USAGE_STATS_ENABLED": "0",  # Ray would report its use to its makers
+  "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+  "RAY_AIR_NEW_OUTPUT": "0",
+  "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+  "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every line holds the metric
+  "TUNE_DISABLE_SIGINT_HANDLER": "1",
+  "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  cpus: float | None = None  # a trial; None: all of this machine's, or 1 where there are GPUs
+  gpus: float | None = None  # a trial, or a fraction of one; None: 1 where there are any
+  resources: Mapping[str, float] = dataclasses.field(default_factory=dict)  # a trial, by Ray's name
+  address: str | None = None  # of a Ray cluster; None: a Ray of this machine's own
+  at_once: int | None = None  # no more trials at a time than these; None: as many as have room
+  dashboard: bool = False
+  stopping: Stopping = "none"
+  grace: int = 50  # per cent of its steps that every trial may train
+  retries: int = 3  # of a trial whose process died
+
+
+def run(folder: pathlib.Path, proposals: search.Proposals, settings: Settings,
+        metric: str, mode: str) -> None:
+  """Runs all trials that are left. Failed ones do not stop the others.
+
+  Raises:
+    UserError: Ray cannot be started or joined, or has not what a trial asks for.
+    Stopped: by SIGTERM. Trials save before they end, and go on with the same command.
+  """
+  if not proposals.left:
+    return
+  with _joined(settings) as held:
+    share = _share(settings, held)
+    watch = _Watch(folder, proposals, metric, mode)
+    temporary = folder / ".ray"
+    try:
+      tune.Tuner(
+        tune.with_resources(_Training, _placement(share)),
+        tune_config=tune.TuneConfig(
+          num_samples=proposals.left, search_alg=_Search(proposals, metric, mode, share),
+          scheduler=_scheduler(settings, metric, mode), reuse_actors=False,
+          max_concurrent_trials=settings.at_once),
+        run_config=tune.RunConfig(
+          name="tune", storage_path=str(temporary.resolve()), verbose=0, callbacks=[watch],
+          failure_config=tune.FailureConfig(max_failures=settings.retries),
+          checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)),
+      ).fit()
+    finally:
+      watch.close()
+      ray.shutdown()
+      shutil.rmtree(temporary, ignore_errors=True)
+      if settings.address is None:
+        _await_processes(folder)
+
+
+class _Training(tune.Trainable):
+  """Watches the process of one trial."""
+
+  def setup(self, config: dict):
+    self._trial = trials.load(config["folder"])
+    self._metric, self._told = config["metric"], 0
+    self._process = worker.launch(self._trial.folder, _environment(config["share"]))
+
+  def step(self) -> dict:
+    while True:
+      ended = self._process.poll()  # before the lines are read: the last ones count too
+      row = self._next_row()
+      if row is not None:
+        return row
+      if ended is not None:
+        break
+      time.sleep(LOOK_S)
+    if trials.end_of(self._trial) is None:
+      how = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit status {ended}"
+      raise RuntimeError(f"its process died ({how})")
+    value = trials.score(self._trial, self._metric)
+    return {"done": True, "percent": 100} | ({} if value is None else {self._metric: value})
+
+  def _next_row(self) -> dict | None:
+    """The next line with the metric, or the last line, that was not told yet."""
+    steps = self._trial.steps
+    new = [row for row in trials.rows(self._trial) if self._told < row["total"] < steps]
+    if not new:
+      return None
+    row = next((row for row in new if trials.value_of(row, self._metric) is not None), new[-1])
+    self._told = row["total"]
+    value = trials.value_of(row, self._metric)
+    told = {"percent": 100 * row["total"] / steps}
+    return told if value is None else told | {self._metric: value}
+
+  def cleanup(self):
+    worker.stop(self._process)
+
+
+class _Unsaved:
+  """Left out of what Tune saves to go on with: a sweep goes on from its own folder."""
+
+  def __reduce__(self):
+    return object, ()
+
+  def __deepcopy__(self, _):
+    return self
+
+
+class _Search(_Unsaved, Searcher):
+  """Tune asks it for trials."""
+
+  def __init__(self, proposals: search.Proposals, metric: str, mode: str, share: Mapping):
+    Searcher.__init__(self, metric=metric, mode=mode)
+    self._proposals, self._share = proposals, dict(share)
+
+  def suggest(self, trial_id: str):
+    trial = self._proposals.ask()
+    if trial is None:
+      return Searcher.FINISHED
+    return {"folder": str(trial.folder.resolve()), "metric": self.metric, "share": self._share}
+
+  def on_trial_complete(self, trial_id: str, result=None, error: bool = False):
+    pass  # `_Watch` tells, when it is written down how the trial ended
+
+  def save(self, checkpoint_path: str):
+    pass  # the folder of the sweep holds everything
+
+  def restore(self, checkpoint_path: str):
+    pass
+
+
+class _Watch(_Unsaved, tune.Callback):
+  """Writes down how trials end, keeps the table, says how far the sweep is."""
+
+  def __init__(self, folder: pathlib.Path, proposals: search.Proposals, metric: str, mode: str):
+    self._folder, self._proposals, self._metric, self._mode = folder, proposals, metric, mode
+    self._percent: dict[str, float] = {}
+    self._states = collections.Counter[str]()
+    self._progress = Progress("sweep, % of a trial", 100 * proposals.count, 100 * proposals.ended)
+
+  def on_trial_result(self, *, trial, result, **_):
+    self._advance(trial.config["folder"], result["percent"])
+
+  def on_trial_complete(self, *, trial, **_):
+    at = (trial.last_result or {}).get("percent", 0)
+    self._conclude(trial, "stopped", f"early, at {at:.0f} % of its steps")
+
+  def on_trial_error(self, *, trial, **_):
+    last = _reason(trial.get_error())
+    self._conclude(trial, "failed", f"given up after {trial.num_failures} failures: {last}")
+
+  def close(self) -> None:
+    trials.write_results(self._folder, list(self._proposals.axes), self._metric, self._mode)
+    self._progress.close(self._note())
+
+  def _conclude(self, ran, state: trials.State, reason: str) -> None:
+    trial = trials.load(ran.config["folder"])
+    trials.conclude(trial, trials.End(state, reason))
+    end = trials.end_of(trial)
+    assert end is not None
+    self._states[end.state] += 1
+    self._proposals.tell(trial)
+    trials.write_results(self._folder, list(self._proposals.axes), self._metric, self._mode)
+    self._advance(ran.config["folder"], 100)
+
+  def _advance(self, folder: str, percent: float) -> None:
+    before = self._percent.get(folder, 0)
+    whole = max(int(percent), int(before))
+    self._percent[folder] = whole
+    self._progress.advance(whole - int(before), self._note())
+
+  def _note(self) -> str:
+    return ", ".join(f"{count} {state}" for state, count in self._states.items())
+
+
+def _reason(error: Exception | None) -> str:
+  """The last line of what Ray reports of a failure, which can be pages."""
+  lines = str(error or "").strip().splitlines() or ["no reason given"]
+  if any("The actor died" in line or "actor is dead" in line for line in lines):
+    return "the process that watched it died"
+  return lines[-1].removeprefix("RuntimeError: ")[:200]
+
+
+@contextlib.contextmanager
+def _joined(settings: Settings) -> Iterator[dict[str, float]]:
+  """Within, Ray runs; yields what the whole of it holds."""
+  before = {name: os.environ.get(name) for name in (*_QUIET, "PYTHONPATH")}
+  root = str(pathlib.Path(__file__).resolve().parents[2])
+  os.environ.update(_QUIET)
+  # Ray's processes find this very package.
+  os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [before["PYTHONPATH"]])])
+  temporary = None
+  more: dict[str, Any] = {}
+  if settings.address is None:
+    temporary = tempfile.mkdtemp(prefix="uajax-ray-")
+    more = {"object_store_memory": STORE_BYTES, "include_dashboard": settings.dashboard,
+            "_temp_dir": temporary}
+  handler = signal.getsignal(signal.SIGTERM)
+  try:
+    try:
+      ray.init(address=settings.address or "local", log_to_driver=False, logging_level="CRITICAL",
+               **more)
+    except Exception as error:
+      where = f"join the Ray cluster at {settings.address}" if settings.address else "start Ray"
+      line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+      raise UserError(f"cannot {where} ({line}): see `ray status` there, or leave out --address "
+                      "to use this machine") from error
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, _stop)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures stand in the table
+    yield ray.cluster_resources()
+  finally:
+    ray.shutdown()
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, handler)
+    for name, value in before.items():
+      if value is None:
+        os.environ.pop(name, None)
+      else:
+        os.environ[name] = value
+    if temporary:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stop(number, _):
+  signal.signal(number, signal.SIG_DFL)
+  raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on from here",
+                number)
+
+
+def _share(settings: Settings, held: Mapping[str, float]) -> dict[str, float]:
+  """What each trial gets, by Ray's names.
+
+  Raises:
+    UserError: not even all of what Ray holds is that much.
+  """
+  gpus = settings.gpus
+  if gpus is None:
+    gpus = 1.0 if held.get("GPU") and not settings.resources else 0.0
+  cpus = settings.cpus
+  if cpus is None:
+    shared = gpus or settings.resources
+    cpus = 1.0 if shared else max(
+      node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
+  share = {"CPU": cpus, "GPU": gpus} | dict(settings.resources)
+  share = {name: amount for name, amount in share.items() if amount}
+  for name, amount in share.items():
+    if amount > held.get(name, 0):
+      raise UserError(f"a trial asks for {amount:g} {name}, but Ray has {held.get(name, 0):g} in "
+                      "all: ask for less, or join a cluster with --address")
+  return share
+
+
+def _placement(share: Mapping[str, float]) -> dict:
+  names = {"CPU": "cpu", "GPU": "gpu"}
+  return {names.get(name, name): amount for name, amount in share.items()}
+
+
+def _environment(share: Mapping[str, float]) -> dict[str, str]:
+  """Variables by which a trial's process uses its share and no more.
+
+  Ray names the devices in the environment of the process that watches, which hands it on.
+  """
+  gpus = share.get("GPU", 0)
+  if not gpus:
+    return {} if "TPU" in share else {"JAX_PLATFORMS": "cpu"}
+  # JAX takes three quarters of a device's memory at once, whoever else is on it.
+  return {"XLA_CLIENT_MEM_FRACTION": f"{0.9 * gpus:.3f}"} if gpus < 1 else {}
+
+
+def _scheduler(settings: Settings, metric: str, mode: str):
+  """Stops trials early; time is the share of its steps that a trial has trained."""
+  if settings.stopping == "asha":
+    return schedulers.AsyncHyperBandScheduler(
+      time_attr="percent", metric=metric, mode=mode, max_t=101, grace_period=settings.grace,
+      reduction_factor=1.5)
+  if settings.stopping == "median":
+    return schedulers.MedianStoppingRule(
+      time_attr="percent", metric=metric, mode=mode, grace_period=settings.grace)
+  return None
+
+
+def _await_processes(folder: pathlib.Path) -> None:
+  """Waits until the processes of all trials have saved and ended."""
+  for trial in trials.load_all(folder):
+    with contextlib.suppress(UserError), trials.held(trial.folder, worker.SAVING_S + 15):
+      pass
