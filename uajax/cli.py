@@ -183,6 +183,7 @@ class Sweep:
     wanted = space.of_module(
       module, _config_of(module, self.experiment), self.config, self.subjects, self.over
     )
+    search.check(wanted, self.search)
     out = self.out or Path("sweeps") / self.experiment.stem
     told = {"search": self.search, "search_seed": self.search_seed}
     trials.open_sweep(out, told | {"metric": self.metric, "mode": self.mode} | wanted.encode())

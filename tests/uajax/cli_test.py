@@ -49,7 +49,12 @@ WRONG = [
   (["export", "R", "--format", "obj", "--out", "x"], "'obj'"),
   (["extract", "S", "--wav2vec2", "W"], "--size paper"),
   (["view", "R"], "later version"),
-  (["sweep", "experiments/x.py"], "later version"),
+  (["sweep"], "Missing from uajax sweep"),
+  (["sweep", "--out", "S", "experiments/members.py"], "experiment file comes first"),
+  (["sweep", "experiments/members.py"], "needs subject folders"),
+  (["sweep", "experiments/members.py", "S", "--face.stepz", "3"], "--face.stepz"),
+  (["sweep", "experiments/members.py", "S", "--resource", "TPU"], "TPU=4"),
+  (["sweep", "experiments/members.py", "S", "--trials", "0"], "1 or more"),
 ]  # fmt: skip
 
 
@@ -104,6 +109,26 @@ def test_a_bad_experiment_file_is_one_line(capsys, tmp_path, text, said):
     path.write_text(text)
   status, _, err = call(capsys, "train", "S", "--workdir", "R", "--experiment", path)
   assert status == 1 and said in err and err.count("\n") == 1 and "bad.py" in err
+
+
+def test_sweeps_say_what_they_lack(capsys, tmp_path, monkeypatch):
+  path = tmp_path / "mine.py"
+  path.write_text("from uajax import config\ndef get_config():\n  return config.demo()\n")
+  missing = lambda name: None if name == "ray" else object()
+  with monkeypatch.context() as patch:
+    patch.setattr("importlib.util.find_spec", missing)
+    status, _, err = call(capsys, "sweep", path, tmp_path)
+  assert status == 1 and "pip install 'uajax[sweep]'" in err and err.count("\n") == 1
+  monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+  assert "no experiment file" in call(capsys, "sweep", tmp_path / "other.py", tmp_path)[2]
+  for words, said in (
+    ([tmp_path / "nowhere"], "no subject folder"), ([tmp_path], "nothing to vary"),
+    ([tmp_path, "--over", "face.step=1"], "did you mean face.steps"),
+    ([tmp_path, "--over", "seed=1,x"], "cannot be 'x'"),
+  ):  # fmt: skip
+    status, _, err = call(capsys, "sweep", path, *words, "--out", tmp_path / "sweep")
+    assert status == 1 and said in err and err.count("\n") == 1
+    assert not (tmp_path / "sweep").exists(), "what fails at once leaves nothing"
 
 
 BAD = [

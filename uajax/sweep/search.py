@@ -21,11 +21,21 @@ def require(package: str) -> None:
                     "checkout pip install -r requirements-sweep.txt")
 
 
+def check(wanted: space.Space, kind: Search) -> None:
+  """Raises UserError where that search in that space cannot be; before anything is written."""
+  wanted.check()
+  if kind == "grid":
+    space.grid(wanted.axes)
+  if kind == "optuna":
+    require("optuna")
+
+
 class Proposals:
   """Hands out the trials of a sweep one by one; those that ended before are not run again.
 
   Args:
     folder: of the sweep.
+    wanted: a space that was checked.
     search: "grid" tries every combination, "random" draws, "optuna" draws near what went well.
     count: how many trials in all; None: the whole grid, or USUAL_TRIALS.
     seed: of the draws.
@@ -33,17 +43,13 @@ class Proposals:
     retry_failed: run failed trials again too.
 
   Raises:
-    UserError: there is nothing to vary, a value does not fit, or Optuna is not installed.
+    UserError: the folder is damaged.
   """
 
   def __init__(self, folder: pathlib.Path, wanted: space.Space, search: Search, *,
                count: int | None = None, seed: int = 0, metric: str = trials.METRIC,
                mode: str = "max", retry_failed: bool = False):
-    wanted.check()
     self.axes = wanted.axes
-    if not self.axes:
-      raise UserError("there is nothing to vary: give --over NAME=A,B, several --subjects, or an "
-                      "experiment file with space() or sweep()")
     self._folder, self._space, self._metric = folder, wanted, metric
     self._search, self._seed = search, seed
     self._grid = space.grid(self.axes) if search == "grid" else []
@@ -101,7 +107,6 @@ class _Study:
   """
 
   def __init__(self, axes: dict[str, space.Axis], seed: int, mode: str):
-    require("optuna")
     import optuna  # pyright: ignore[reportMissingImports]
 
     self._optuna: Any = optuna

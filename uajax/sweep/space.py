@@ -79,7 +79,10 @@ class Space:
     return str(subject), replaced(experiment, changes)
 
   def check(self) -> None:
-    """Raises UserError where an axis is empty, or holds what its setting cannot be."""
+    """Raises UserError where nothing varies, or an axis holds what its setting cannot be."""
+    if not self.axes:
+      raise UserError("there is nothing to vary: give --over NAME=A,B, several subjects, or an "
+                      "experiment file with space() or sweep()")
     for name, axis in self.settings.items():
       if isinstance(axis, Range):
         ends = (axis.low, axis.high)

@@ -1,0 +1,132 @@
+"""A whole sweep by its command: interrupted, its processes killed, and the table still right."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.uajax.data import subject_folder
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+EXPERIMENT = """
+import dataclasses
+from uajax import config
+
+def get_config():
+  planes = config.Planes(features=4, resolution=4, multiples=(1,))
+  motion = config.Motion(planes=planes, emotion_planes=planes, members=2, hidden=4, latent=4,
+                         features=4)
+  def small(stage, slots):
+    still = dataclasses.replace(stage.densify, until=0, slots=slots, max_slots=slots)
+    return dataclasses.replace(
+      config.shorten(stage, 200, splats=24), warm_steps=0, ensemble_from=0, guide_until=0,
+      hair_until=0, lpips_from=200, densify=still)
+  return config.Experiment(
+    model=config.Model(motion=motion), mouth=small(config.MOUTH, 32), face=small(config.FACE, 64),
+    fuse=dataclasses.replace(config.FUSE, steps=20, lpips_from=20), log_every=5, picture_every=20,
+    save_every=5)
+
+def sweep():
+  yield "hears", get_config()
+  yield "cannot", dataclasses.replace(get_config(), model=dataclasses.replace(
+    get_config().model, audio="phones"))
+"""
+STEPS = 420
+
+
+def processes(folder: pathlib.Path) -> dict[int, int]:
+  """The trials in training: number -> process."""
+  found = {}
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+      words = path.read_bytes().split(b"\0")
+    except OSError:
+      continue
+    if b"uajax.sweep.worker" in words and str(folder).encode() in words[-2]:
+      found[int(words[-2].decode().rsplit("/", 1)[1])] = int(path.parent.name)
+  return found
+
+
+def parent(process: int) -> int:
+  return int(pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def step(folder: pathlib.Path, number: int) -> int:
+  """The newest checkpoint of a trial."""
+  steps = (folder / f"trials/{number:04d}/run/checkpoints").glob("[0-9]*")
+  return max((int(path.name) for path in steps if path.name.isdigit()), default=0)
+
+
+def await_(condition, sweep: subprocess.Popen):
+  deadline = time.monotonic() + 600
+  while not (found := condition()):
+    assert sweep.poll() is None, "the sweep ended before its time"
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_killed_and_interrupted_a_sweep_goes_on_and_its_table_is_right(tmp_path):
+  pytest.importorskip("ray")
+  subject, out, file = tmp_path / "subject", tmp_path / "sweep", tmp_path / "tiny.py"
+  subject_folder.make(subject)
+  file.write_text(EXPERIMENT)
+  words = [sys.executable, "-m", "uajax", "sweep", str(file), str(subject), "--out", str(out),
+           "--over", "seed=0,1,2", "--cpus-per-trial", "1", "--at-once", "2"]  # fmt: skip
+  settings = {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+  def start():
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | settings, cwd=tmp_path)
+
+  sweep = start()
+  await_(lambda: step(out, 0) >= 20 and step(out, 1) >= 20, sweep)
+  sweep.send_signal(signal.SIGINT)
+  said = sweep.communicate(timeout=120)
+  assert sweep.returncode == 130 and "the same command goes on" in said[1]
+  assert not processes(out), "no process outlives its sweep"
+  stood = step(out, 0), step(out, 1)
+  assert all(20 <= at < STEPS for at in stood)
+
+  sweep = start()
+  # One trial's own process dies, and of another the one that Ray watches it by.
+  await_(lambda: 0 in processes(out) and step(out, 0) > stood[0] + 20, sweep)
+  os.kill(processes(out)[0], signal.SIGKILL)
+  await_(lambda: 1 in processes(out) and step(out, 1) > stood[1] + 20, sweep)
+  os.kill(parent(processes(out)[1]), signal.SIGKILL)
+  said = sweep.communicate(timeout=900)
+  assert sweep.returncode == 0, said
+  assert not processes(out)
+
+  with (out / "results.csv").open() as table:
+    rows = {(row["variant"], row["seed"]): row for row in csv.DictReader(table)}
+  assert len(rows) == 6
+  for (variant, _), row in rows.items():
+    if variant == "cannot":
+      assert row["state"] == "failed" and "phones" in row["reason"], row
+      continue
+    assert row["state"] == "finished" and row["steps"] == f"{STEPS}/{STEPS}", row
+    report = json.loads((out / row["run"] / "evaluation_val.json").read_text())
+    assert float(row["held_out_psnr_db"]) == report["psnr_db"] > 0
+    logged = (out / row["run"] / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["total"] for line in logged] == list(range(5, STEPS + 1, 5))
+  scores = [float(row["held_out_psnr_db"]) for row in rows.values() if row["state"] == "finished"]
+  assert scores == sorted(scores, reverse=True)
+  for number in (0, 1):
+    log = (out / f"trials/{number:04d}/log.txt").read_text()
+    assert log.count("resuming") == 2, "after Ctrl-C, and after its process or its watcher died"
+  assert (out / "curves.png").exists() and not (out / ".ray").exists()
+
+  ends = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/end.json")}
+  sweep = start()
+  said = sweep.communicate(timeout=120)
+  assert sweep.returncode == 0 and said[0].count("| finished |") == 3
+  assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/end.json")} == ends
