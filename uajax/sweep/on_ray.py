@@ -44,7 +44,7 @@ _QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  cpus: float | None = None  # a trial; None: all of this machine's, or 1 where there are GPUs
+  cpus: float | None = None  # a trial; None: all of a machine's, or 1 beside a GPU
   gpus: float | None = None  # a trial, or a fraction of one; None: 1 where there are any
   resources: Mapping[str, float] = dataclasses.field(default_factory=dict)  # a trial, by Ray's name
   address: str | None = None  # of a Ray cluster; None: a Ray of this machine's own
@@ -168,7 +168,7 @@ class _Watch(_Unsaved, tune.Callback):
     self._folder, self._proposals, self._metric, self._mode = folder, proposals, metric, mode
     self._percent: dict[str, float] = {}
     self._states = collections.Counter[str]()
-    self._progress = Progress("sweep, % of a trial", 100 * proposals.count, 100 * proposals.ended)
+    self._progress = Progress("sweep, % of trials", 100 * proposals.count, 100 * proposals.ended)
 
   def on_trial_result(self, *, trial, result, **_):
     self._advance(trial.config["folder"], result["percent"])
@@ -228,6 +228,12 @@ def _joined(settings: Settings) -> Iterator[dict[str, float]]:
     more = {"object_store_memory": STORE_BYTES, "include_dashboard": settings.dashboard,
             "_temp_dir": temporary}
   handler = signal.getsignal(signal.SIGTERM)
+  terminated = []
+
+  def terminate(number, _):
+    terminated.append(number)
+    raise KeyboardInterrupt  # Tune would take any other exception for a failure of its own
+
   try:
     try:
       ray.init(address=settings.address or "local", log_to_driver=False, logging_level="CRITICAL",
@@ -238,9 +244,14 @@ def _joined(settings: Settings) -> Iterator[dict[str, float]]:
       raise UserError(f"cannot {where} ({line}): see `ray status` there, or leave out --address "
                       "to use this machine") from error
     if threading.current_thread() is threading.main_thread():
-      signal.signal(signal.SIGTERM, _stop)
+      signal.signal(signal.SIGTERM, terminate)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures stand in the table
     yield ray.cluster_resources()
+  except KeyboardInterrupt:
+    if not terminated:
+      raise
+    raise Stopped("stopped by SIGTERM: the same command goes on from here",
+                  signal.SIGTERM) from None
   finally:
     ray.shutdown()
     if threading.current_thread() is threading.main_thread():
@@ -252,12 +263,6 @@ def _joined(settings: Settings) -> Iterator[dict[str, float]]:
         os.environ[name] = value
     if temporary:
       shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _stop(number, _):
-  signal.signal(number, signal.SIG_DFL)
-  raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on from here",
-                number)
 
 
 def _share(settings: Settings, held: Mapping[str, float]) -> dict[str, float]:
@@ -272,7 +277,7 @@ def _share(settings: Settings, held: Mapping[str, float]) -> dict[str, float]:
   cpus = settings.cpus
   if cpus is None:
     shared = gpus or settings.resources
-    cpus = 1.0 if shared else max(
+    cpus = 1.0 if shared else min(
       node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
   share = {"CPU": cpus, "GPU": gpus} | dict(settings.resources)
   share = {name: amount for name, amount in share.items() if amount}
@@ -296,8 +301,11 @@ def _environment(share: Mapping[str, float]) -> dict[str, str]:
   gpus = share.get("GPU", 0)
   if not gpus:
     return {} if "TPU" in share else {"JAX_PLATFORMS": "cpu"}
+  chosen = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys()
+  if gpus >= 1 or chosen:
+    return {}
   # JAX takes three quarters of a device's memory at once, whoever else is on it.
-  return {"XLA_CLIENT_MEM_FRACTION": f"{0.9 * gpus:.3f}"} if gpus < 1 else {}
+  return {"XLA_CLIENT_MEM_FRACTION": f"{0.9 * gpus:.3f}"}
 
 
 def _scheduler(settings: Settings, metric: str, mode: str):
