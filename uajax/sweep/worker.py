@@ -7,6 +7,7 @@ who started it died, training saves a checkpoint and the process ends: no trial 
 sweep, and none works in a folder that another process was given.
 """
 
+import logging
 import os
 import pathlib
 import signal
@@ -21,6 +22,7 @@ from uajax import cache
 from uajax.errors import Stopped, UserError
 
 SAVING_S = 60.0  # for a checkpoint, once asked to stop
+PACKING_S = 3600.0  # for the records of a subject
 UNENDED = 75  # exit status where the trial is to be gone on with
 
 
@@ -49,6 +51,7 @@ def stop(process: subprocess.Popen) -> None:
 def run(folder: pathlib.Path) -> int:
   """Runs a trial to its end. Returns the exit status: 0 finished or failed for good."""
   from uajax import cli, evaluate, lpips
+  from uajax.data import loader
   from uajax.sweep import trials
   from uajax.train import loop
 
@@ -62,6 +65,9 @@ def run(folder: pathlib.Path) -> int:
         perceptual = lpips.load()
       except UserError:
         perceptual = None  # the loop says what follows from that
+      # Records of a subject that has none yet are written once, not by all trials at a time.
+      with trials.held(folder.parent / ".packing", patience_s=PACKING_S):
+        loader.open_source(trial.subject, audio=trial.experiment.model.audio)
       loop.train(trial.subject, trial.run, trial.experiment, perceptual=perceptual)
       report = evaluate.evaluate(trial.run)
     except Stopped as stopped:
@@ -91,5 +97,6 @@ def _heed_the_end_of_input() -> None:
 
 if __name__ == "__main__":
   _heed_the_end_of_input()
+  logging.basicConfig(level=logging.WARNING, format="uajax: %(message)s")
   cache.keep_compiled()
   sys.exit(run(pathlib.Path(sys.argv[1])))
