@@ -87,6 +87,7 @@ class Weights:
 
   ssim: float = 0.2
   lips: float = 0.2  # the mean error in the lip square once more: small, and it talks (official 0)
+  eyes: float = 0.4  # likewise in the box of eyes and brows, more than twice as large (official 0)
   motion: float = 1e-5
   alpha: float = 1e-3
   eye_attention_on_lips: float = 1e-4

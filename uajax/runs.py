@@ -29,11 +29,13 @@ import orbax.checkpoint as ocp
 
 from uajax import saving
 from uajax.avatar import Avatar, Layer
-from uajax.config import Audio, Experiment, Model
+from uajax.config import Audio, Experiment, Model, Weights
 from uajax.errors import UserError
 from uajax.types import Splats
 
 VERSION = 1
+# Settings that came later, as runs without them were trained.
+_BEFORE: dict[type, dict] = {Weights: {"eyes": 0.0}}
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read
 _UNNAMED = "orbax-checkpoint-tmp*"  # how Orbax calls a checkpoint that it still writes
@@ -357,6 +359,8 @@ def decode(kind, value, where: str) -> typing.Any:
   """The config dataclass `kind` from `encode`d values; UserError where they do not fit."""
   if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     hints = typing.get_type_hints(kind)
+    if isinstance(value, dict):
+      value = _BEFORE.get(kind, {}) | value
     if not isinstance(value, dict) or value.keys() != hints.keys():
       odd = sorted(set(value) ^ set(hints)) if isinstance(value, dict) else value
       raise UserError(f"{where} does not fit this version of uajax (differs in {odd}): use the "

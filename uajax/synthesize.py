@@ -142,9 +142,9 @@ def synthesize(
       f"{speech.audio.shape[1]} and {speech.audio.shape[2]}: give what it was trained with"
     )
   numbers = [source.numbers(i) for i in range(len(source))]
-  cameras = [camera for camera, _, _ in numbers]
+  cameras = [camera for camera, *_ in numbers]
   poses = walk(frames, source.ids)
-  units = np.stack([controls.action_units for _, controls, _ in numbers])
+  units = np.stack([controls.action_units for _, controls, *_ in numbers])
   units = direction.act(spans, eyes(units, poses, blink, np.random.default_rng(seed)))
 
   def behind(pose: int) -> np.ndarray:

@@ -76,14 +76,16 @@ class Frame(NamedTuple):
   camera: Camera
   controls: Controls
   lips: Int[Array, " 4"]  # rows r0:r1, columns c0:c1 of the square lip crop, inside the image
+  eyes: Int[Array, " 4"]  # likewise of the box about both eyes and brows
 
 
 class Guide(NamedTuple):
-  """What guided sampling looks at (method.md D.3, D.4), a value a frame."""
+  """What guided sampling looks at (method.md D.3, D.4; brows are ours), a value a frame."""
 
   lip_height_px: Float[Array, " f"]  # inner lips, landmarks 60..67
   blink: Float[Array, " f"]  # clip(AU45, 0, 2) / 2
   au25: Float[Array, " f"]  # clipped to its 95th percentile
+  brow: Float[Array, " f"]  # AU01 - AU04: raised above zero, drawn down below
 
 
 class Clip(NamedTuple):

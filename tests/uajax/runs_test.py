@@ -34,6 +34,16 @@ def test_experiments_that_do_not_fit_are_refused_by_name(change, complaint):
     runs.decode(config.Experiment, values, "run.json: experiment")
 
 
+def test_a_run_from_before_the_eyes_were_weighed_is_read_as_it_was_trained():
+  values = runs.encode(config.quick())
+  for stage in ("mouth", "face", "fuse"):
+    del values[stage]["weights"]["eyes"]
+  there = runs.decode(config.Experiment, values, "run.json: experiment")
+  assert there.face.weights.eyes == 0 < config.quick().face.weights.eyes
+  assert dataclasses.replace(there.face.weights, eyes=config.quick().face.weights.eyes) == (
+    config.quick().face.weights)
+
+
 def write(path, **record):
   path.mkdir(exist_ok=True)
   (path / "run.json").write_text(json.dumps(record))

@@ -117,9 +117,11 @@ class Source(Sequence):
       lip_height_px=np.asarray(heights, np.float32),
       blink=(rows["AU45"][self.ids] / 2).astype(np.float32),
       au25=au25[self.ids].astype(np.float32),
+      brow=(rows["AU01"] - rows["AU04"])[self.ids].astype(np.float32),
     )
     self.guide = types.Guide(**guide)
     self._lips = [_lips(p, self.height, self.width) for p in points]
+    self._eyes = [_eyes(p, self.height, self.width) for p in points]
     self._cameras = [_camera(c2w, focal_px, self.width, self.height) for c2w in poses]
     self._units = np.stack([rows[u][self.ids] for u in types.ACTION_UNITS], -1).astype(np.float32)
     self._windows = neighbours(windows, self.ids)
@@ -160,12 +162,12 @@ class Source(Sequence):
       classes[mask.astype(bool)] = types.MOUTH  # never the face's (Q16)
     return classes
 
-  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray]:
-    """Camera, controls and lips of a frame: all of it that is no picture."""
+  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray, np.ndarray]:
+    """Camera, controls, lips and eyes of a frame: all of it that is no picture."""
     controls = types.Controls(
       self._windows[index], self._units[index], *(table[index] for table in self._priors)
     )
-    return self._cameras[index], controls, self._lips[index]
+    return self._cameras[index], controls, self._lips[index], self._eyes[index]
 
 
 def read(
@@ -794,6 +796,21 @@ def _lips(points: np.ndarray, height: int, width: int) -> np.ndarray:
     middle = int(low[axis] + high[axis]) // 2
     begin = min(max(middle - half, 0), size - 1)
     sides += [begin, max(min(middle + half, size), begin + 1)]
+  return np.asarray(sides, np.int32)
+
+
+def _eyes(points: np.ndarray, height: int, width: int) -> np.ndarray:
+  """The box about brows and eyes with a quarter of its height more above and below, likewise.
+
+  Landmarks lie amid the brows, and below the lower lids folds move, too.
+  """
+  marks = np.concatenate([points[17:27], points[36:48]])
+  low, high = marks.min(0), marks.max(0)
+  room = 0.25 * (high[1] - low[1])
+  sides = []
+  for axis, size in ((1, height), (0, width)):
+    begin = min(max(int(low[axis] - room), 0), size - 1)
+    sides += [begin, max(min(int(np.ceil(high[axis] + room)), size), begin + 1)]
   return np.asarray(sides, np.int32)
 
 

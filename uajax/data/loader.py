@@ -40,7 +40,9 @@ class Source(Protocol):
 
   def classes(self, index: int) -> UInt8[np.ndarray, "h w"]: ...
 
-  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray]: ...
+  def numbers(
+    self, index: int
+  ) -> tuple[types.Camera, types.Controls, np.ndarray, np.ndarray]: ...
 
 
 def load(

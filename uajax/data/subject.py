@@ -56,8 +56,8 @@ class Config(tfds.core.BuilderConfig):
 class Subject(tfds.core.GeneratorBasedBuilder):
   """One talking person, frame by frame, in the splits train and val."""
 
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES = {"1.0.0": "First."}
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {"1.0.0": "First.", "1.1.0": "The eyes' box, and how the brows stand."}
   BUILDER_CONFIGS = [
     Config(name=audio, description=kind.name, audio=audio) for audio, kind in encoders.KINDS.items()
   ]
@@ -104,6 +104,7 @@ class Subject(tfds.core.GeneratorBasedBuilder):
       **{name: tfds.features.Scalar(np.object_) for name in _PICTURES},
       **{name: tensor(shape, np.float32) for name, shape in shapes.items()},
       "lips": tensor((4,), np.int32),
+      "eyes": tensor((4,), np.int32),
       **{name: tfds.features.Scalar(np.float32) for name in types.Guide._fields},
       "id": tfds.features.Scalar(np.int32),
     }
@@ -193,7 +194,7 @@ class Source(Sequence):
     """As `folder.Source.classes`."""
     return _decode(self._records[index]["classes"], "L")
 
-  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray]:
+  def numbers(self, index: int) -> tuple[types.Camera, types.Controls, np.ndarray, np.ndarray]:
     """As `folder.Source.numbers`."""
     return _told(self._records[index])
 
@@ -264,23 +265,25 @@ def prepare(
 
 
 def _numbers(source: folder.Source, index: int) -> dict[str, np.ndarray]:
-  camera, controls, lips = source.numbers(index)
+  camera, controls, lips, eyes = source.numbers(index)
   guide = {name: column[index] for name, column in source.guide._asdict().items()}
-  numbers = {**camera._asdict(), **controls._asdict(), "lips": lips, **guide}
+  numbers = {**camera._asdict(), **controls._asdict(), "lips": lips, "eyes": eyes, **guide}
   return {**numbers, "id": source.ids[index]}
 
 
-def _told(record) -> tuple[types.Camera, types.Controls, np.ndarray]:
+def _told(record) -> tuple[types.Camera, types.Controls, np.ndarray, np.ndarray]:
   """All of a record that is no picture."""
   controls = types.Controls(*(record[name] for name in types.Controls._fields))
-  return types.Camera(record["viewmat"], record["K"]), controls, record["lips"]
+  camera = types.Camera(record["viewmat"], record["K"])
+  return camera, controls, record["lips"], record["eyes"]
 
 
 def _fingerprint(path: pathlib.Path, audio: folder.Audio) -> str:
-  """Changes with any file that the reader looks at: names, sizes and times of change."""
+  """Changes with the records' version and any file that the reader looks at: names, sizes and
+  times of change."""
   if not path.is_dir():
     raise UserError(f"{path} is not a folder: make a subject's folder with `uajax preprocess`")
-  digest = hashlib.sha256(f"{audio} {path}".encode())
+  digest = hashlib.sha256(f"{audio} {Subject.VERSION} {path}".encode())
   for kind in ("", "gt_imgs", "torso_imgs", "parsing", "teeth_mask", "ori_imgs"):
     if not (path / kind).is_dir():
       continue

@@ -10,6 +10,7 @@ Axes: n splats, c channels.
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,7 @@ from uajax.models.planes import Planes
 FACE_MODALITIES = ("audio", "content", "style", "emotion")  # the order of `members`
 MOUTH_MODALITIES = FACE_MODALITIES[:3]
 _UNIT = 1e-2  # metres, of the heads' displacements
+_AJAR = 0.1  # share of the gradient that reaches a shut gate
 
 
 class Places(NamedTuple):
@@ -100,7 +102,7 @@ class FaceMotion(nn.Module):
   def places(self, points: Float[Array, "n 3"]) -> Places:
     """All that depends on the positions alone: at inference it is computed once."""
     where = jnp.concatenate(self.planes(points), -1)
-    return Places(where, self.audio_channels(where), nn.relu(self.eye_attention(where)),
+    return Places(where, self.audio_channels(where), _ajar(self.eye_attention(where)),
                   self.emotion.features(points))
 
   def move(
@@ -189,6 +191,16 @@ def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[
     raise UserError(f"audio windows are {controls.audio.shape}, this motion network hears {want}: "
                     "use the audio features it was trained with")
   return network.audio_attention(network.audio(controls.audio))
+
+
+def _ajar(x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+  """ReLU, whose gradient below zero is small, not zero: what is shut can open again.
+
+  With the ReLU's own (official) the attention's penalties shut one splat after the other for good,
+  until next to none is left that an action unit could move.
+  """
+  leaky = nn.leaky_relu(x, _AJAR)
+  return leaky + jax.lax.stop_gradient(nn.relu(x) - leaky)
 
 
 def _norm(x: Float[Array, "n c"]) -> Float[Array, " n"]:

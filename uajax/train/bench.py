@@ -83,7 +83,7 @@ def clip(experiment: config.Experiment, side: int, steps: int) -> tuple[step.Mat
   normal = lambda *shape: jnp.asarray(rng.normal(size=(FRAMES, *shape)), jnp.float32)
   shell = scene(Case(1, side, side))
   many = lambda x: jnp.broadcast_to(jnp.asarray(x), (FRAMES, *np.shape(x)))
-  lips = np.array([0.55, 0.67, 0.44, 0.56]) * side
+  lips, eyes = np.array([[0.55, 0.67, 0.44, 0.56], [0.35, 0.47, 0.34, 0.66]]) * side
   classes = np.zeros((side, side), np.uint8)
   rows, columns = np.indices((side, side)) / side
   head = (rows - 0.5)**2 / 0.36**2 + (columns - 0.5)**2 / 0.26**2 < 1
@@ -97,7 +97,8 @@ def clip(experiment: config.Experiment, side: int, steps: int) -> tuple[step.Mat
       normal(types.NEIGHBOURS, take.audio_channels, take.audio_width),
       jnp.abs(normal(len(types.ACTION_UNITS))), normal(types.EXPRESSION),
       normal(types.EXPRESSION), normal(types.EMOTION)),
-    lips=many(lips.astype(np.int32)), guide=types.Guide(*(jnp.abs(normal()) for _ in range(3))),
+    lips=many(lips.astype(np.int32)), eyes=many(eyes.astype(np.int32)),
+    guide=types.Guide(*(jnp.abs(normal()) for _ in types.Guide._fields)),
     mouth_share=jnp.full(FRAMES, np.mean(classes == types.MOUTH), jnp.float32))
   batch = experiment.batch
   picture = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)

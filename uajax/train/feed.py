@@ -158,7 +158,7 @@ def _chunk_steps(source: Source, experiment: Experiment) -> int:
 
 def _upload(source: Source, mesh: Mesh | None, streamed: bool) -> tuple[Material, Pictures | None]:
   """What lies on every device: the material, and the pictures unless they are streamed."""
-  camera, controls, lips = folder.gather(source.numbers, range(len(source)))
+  camera, controls, lips, eyes = folder.gather(source.numbers, range(len(source)))
   shares: Any = np.empty(len(source), np.float32)
   pictures = None
   progress = Progress("read frames", len(source))
@@ -172,7 +172,7 @@ def _upload(source: Source, mesh: Mesh | None, streamed: bool) -> tuple[Material
   else:
     pictures = _all_pictures(source, mesh, share)
   progress.close()
-  return spread(Material(camera, controls, lips, source.guide, shares), mesh), pictures
+  return spread(Material(camera, controls, lips, eyes, source.guide, shares), mesh), pictures
 
 
 def _all_pictures(source: Source, mesh: Mesh | None, look) -> Pictures:

@@ -168,7 +168,7 @@ def _heeded() -> Iterator[list[int]]:
 
 def fit_audio(experiment: Experiment, clip: loader.Source) -> Experiment:
   """The experiment with the audio channels and width that the clip has."""
-  _, controls, _ = clip.numbers(0)
+  _, controls, *_ = clip.numbers(0)
   channels, width = controls.audio.shape[-2:]
   motion = dataclasses.replace(
     experiment.model.motion, audio_channels=channels, audio_width=width)

@@ -103,7 +103,9 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
       + losses.mean_magnitude(motion.d_scale, face.alive))
     loss += w.alpha * losses.alpha_penalty(alpha, head)
     lips = _inside(frame.lips, head.shape)
-    loss += w.lips * losses.mean_inside(jnp.abs(picture - target).mean(-1), lips)
+    wrong = jnp.abs(picture - target).mean(-1)
+    loss += w.lips * losses.mean_inside(wrong, lips)
+    loss += w.eyes * losses.mean_inside(wrong, _inside(frame.eyes, head.shape))
     audio, eye = out.features[..., 0], out.features[..., 1]
     loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
     loss += jnp.where(bald, 0.0, w.attention_on_hair) * (

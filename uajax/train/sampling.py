@@ -40,21 +40,29 @@ def choose(stage: Stage, guide: Guide, mouth_share, step, key):
 
 
 def _face_misfit(stage, guide, step, draw):
-  """Lips that open wider and wider while static; then eyes that close further and further.
+  """Lips that open wider and wider while static; then lips, lids and brows at any height alike.
 
-  From then on every other guided draw is for the lips again, at any height alike: wide mouths
-  are rare, and no motion is learnt from what is hardly seen. (Official: eyes only.)
+  Wide mouths, shut eyes and raised brows are rare, and no motion is learnt from what is hardly
+  seen. Lips have every other guided draw, lids and brows share the rest. (Official: eyes only,
+  that close further and further.)
   """
-  done = step / stage.guide_until
-  height = guide.lip_height_px
-  low = height.min() + 0.2 * (height.max() - height.min())
-  width = 0.2 * (height.max() - low)
+  turn = step // stage.guide_every
   static = step < stage.warm_steps
-  at = jnp.where(static, done, jax.random.uniform(jax.random.fold_in(draw, 1)))
-  lips = jnp.abs(height - (low + at * (height.max() - low))) - width
-  eyes = jnp.abs(guide.blink - (done + 0.075)) - 0.225
-  misfit = jnp.where(static | (step // stage.guide_every % 2 == 1), lips, eyes)
+  at = jax.random.uniform(jax.random.fold_in(draw, 1))
+  lips = _misfit(guide.lip_height_px, jnp.where(static, step / stage.guide_until, at))
+  eyes = jnp.where(turn % 4 == 0, _misfit(guide.blink, at), _misfit(guide.brow, at))
+  misfit = jnp.where(static | (turn % 2 == 1), lips, eyes)
   return misfit, (step < stage.guide_until) & (step % stage.guide_every == 0)
+
+
+def _misfit(values, at):
+  """How far values are from `at` of the way to their highest, beyond a fifth of it.
+
+  The way begins a fifth above the lowest, which is common enough (method.md D.3).
+  """
+  low = values.min() + 0.2 * (values.max() - values.min())
+  way = values.max() - low
+  return jnp.abs(values - (low + at * way)) - 0.2 * way
 
 
 def _mouth_misfit(stage, guide, mouth_share, step):

@@ -42,6 +42,7 @@ class Material(flax.struct.PyTreeNode):
   camera: Camera
   controls: Controls
   lips: Int[Array, "f 4"]
+  eyes: Int[Array, "f 4"]
   guide: Guide
   mouth_share: Float[Array, " f"]  # of the picture
 
@@ -152,7 +153,8 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   def gradients(index, pictures, probes, params, material, perceptual, moment, avatar):
     setting = Setting(stage, phase, perceptual, capacity)
     rest = jax.tree.map(
-      lambda leaf: leaf[index], (material.camera, material.controls, material.lips))
+      lambda leaf: leaf[index],
+      (material.camera, material.controls, material.lips, material.eyes))
     frames = Frame(*pictures, *rest)
 
     def loss_of(params, probes):

@@ -83,6 +83,8 @@ def test_guide_and_lips(subject):
   au25 = values["action_units"]["AU25"]
   np.testing.assert_allclose(clip.guide.au25, np.minimum(au25, np.percentile(au25, 95))[:10],
                              atol=1e-5)
+  brow = values["action_units"]["AU01"] - values["action_units"]["AU04"]
+  np.testing.assert_allclose(clip.guide.brow, brow[:10], atol=1e-5)
   # columns 16..24, rows 18..21: side 8 about (19, 20)
   assert clip.frames.lips[0].tolist() == [15, 23, 16, 24]
 
@@ -93,6 +95,17 @@ def test_lips_stay_inside_the_picture_and_are_never_empty():
   assert folder._lips(points, 32, 40).tolist() == [0, 3, 38, 40]
   points[48:60] = 900
   r0, r1, c0, c1 = folder._lips(points, 32, 40)
+  assert 0 <= r0 < r1 <= 32 and 0 <= c0 < c1 <= 40
+
+
+def test_the_eyes_box_holds_brows_and_lids_inside_the_picture():
+  points = np.zeros((68, 2))
+  points[17:27], points[36:48] = [[8, 10], [24, 11]] * 5, [[10, 16], [20, 18]] * 6
+  assert folder._eyes(points, 32, 40).tolist() == [8, 20, 6, 26]  # a quarter of 8 px about them
+  points[17:27] -= 12
+  assert folder._eyes(points, 32, 40).tolist() == [0, 23, 0, 25]
+  points[17:48] = -900
+  r0, r1, c0, c1 = folder._eyes(points, 32, 40)
   assert 0 <= r0 < r1 <= 32 and 0 <= c0 < c1 <= 40
 
 

@@ -268,8 +268,8 @@ def test_training_that_diverges_again_gives_up(subject, tmp_path, monkeypatch, c
   numbers = folder.Source.numbers
 
   def spoilt(source, index):
-    camera, controls, lips = numbers(source, index)
-    return camera, jax.tree.map(lambda leaf: leaf * np.nan, controls), lips
+    camera, controls, *boxes = numbers(source, index)
+    return camera, jax.tree.map(lambda leaf: leaf * np.nan, controls), *boxes
 
   monkeypatch.setattr(folder.Source, "numbers", spoilt)
   with pytest.raises(UserError, match="diverged: no finite gradient.*once more.*rates"):

@@ -75,7 +75,8 @@ class Line:
   """One sentence in one emotional setting.
 
   `text` holds words of `language`; empty, words are drawn by `seed` until `seconds` are full.
-  `seconds` (None: as long as the words take) is filled up with silence.
+  `seconds` (None: as long as the words take) is filled up with silence. `units` are action units
+  of AU_NAMES and what is added to each, beyond what is felt: a brow raised for no reason.
   """
 
   text: str = ""
@@ -83,6 +84,7 @@ class Line:
   emotion: str = "neutral"
   intensity: float = 1.0
   seconds: float | None = 1.5
+  units: tuple[tuple[str, float], ...] = ()
 
 
 class Performance(NamedTuple):
@@ -197,7 +199,8 @@ def perform(person: Person, script: Sequence[Line], seed: int = 0) -> Performanc
   )
   au[:, column("AU25")] = 5 * (jaw + 0.3 * part) * (1 - close) * (1 - 0.7 * tuck)
   au[:, column("AU26")] = 5 * jaw
-  au[:, column("AU45")] = 2 * blink
+  shut = au[:, column("AU45")].clip(0, 2)  # asked for by a line
+  au[:, column("AU45")] = np.maximum(2 * blink, shut)
   pose = _bearing(frames, at(manner)[:, _Manner._fields.index("nod_rad")], accent, rng_body)
   return Performance(
     wav=wav,
@@ -207,7 +210,7 @@ def perform(person: Person, script: Sequence[Line], seed: int = 0) -> Performanc
     au=np.clip(au, 0, 5),
     emotion=at_nearest(which, step_s, frame_s),
     intensity=np.clip(at(intensity[:, None])[:, 0], 0, 1),
-    blink=blink,
+    blink=au[:, column("AU45")] / 2,
   )
 
 
@@ -285,6 +288,12 @@ def _schedule(line: Line) -> tuple[list[tuple[str, float, bool]], float]:
     raise UserError(f"no emotion {line.emotion!r}: choose of {', '.join(EMOTIONS)}")
   if not 0 <= line.intensity <= 1:
     raise UserError(f"intensity {line.intensity} is outside 0..1: give a share of full strength")
+  for name, value in line.units:
+    if name not in AU_NAMES or name in SPOKEN_AUS:
+      asked = ", ".join(unit for unit in AU_NAMES if unit not in SPOKEN_AUS)
+      raise UserError(f"{name!r} cannot be asked of a line: choose of {asked}")
+    if not 0 <= value <= 5:
+      raise UserError(f"{name} of {value} is outside 0..5: give OpenFace's strength")
   if line.seconds is not None and line.seconds * FPS < 1:
     raise UserError(f"a line of {line.seconds} s is shorter than a frame: give 0.04 s or more")
   rng = np.random.default_rng([5, line.seed])
@@ -367,6 +376,8 @@ def _face_tracks(script) -> np.ndarray:
   for k, line in enumerate(script):
     for name, value in _FACES[line.emotion].items():
       rows[k, AU_NAMES.index(name)] = value * line.intensity
+    for name, value in line.units:
+      rows[k, AU_NAMES.index(name)] += value
   return rows
 
 
