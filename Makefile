@@ -9,7 +9,7 @@ PRESET ?= quick
 PROCESSES ?= logical
 ARGS ?=
 
-.PHONY: setup demo test test-device test-all lint format bench bench-steps doctor preprocess extract train sweep synthesize evaluate export clean
+.PHONY: setup demo test test-device test-all lint format bench bench-steps doctor preprocess extract train sweep synthesize evaluate view export clean
 
 setup:  ## creates .venv and installs everything; DEVICE adds the accelerator's JAX plugin
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,9 @@ synthesize:  ## RUN=runs/me AUDIO=speech.wav OUT=talk.mp4
 
 evaluate:
 	$(BIN)/uajax evaluate $(RUN) $(ARGS)
+
+view:  ## RUN=runs/me ARGS="--audio speech.wav"; pip install -r requirements-view.txt
+	$(BIN)/uajax view $(RUN) $(ARGS)
 
 export:  ## RUN=runs/me OUT=me.npz ARGS="--format npz"
 	$(BIN)/uajax export $(RUN) --out $(OUT) $(ARGS)

@@ -22,6 +22,7 @@ HOMES = {
   "optuna": (),
   "matplotlib": (),
   "safetensors": (),
+  "viser": (),
   "torch": (),
   "tensorflow": (),
 }

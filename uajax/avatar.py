@@ -117,12 +117,13 @@ def deform(
 
 def render(
   avatar: Avatar,
-  controls: Controls,
+  controls: Controls | None,
   camera: types.Camera,
   background: Float[Array, "h w 3"],
   *,
   members: Int[Array, " 4"] | None = None,
   known: Known | None = None,
+  motion: Deformation | None = None,
   doubt: bool = True,
   implementation: str | None = None,
   capacity: int | None = None,
@@ -131,6 +132,7 @@ def render(
   """One frame: face over mouth over background (method.md D.6), with the face's uncertainty.
 
   Args:
+    controls: what drives it; None where `motion` says how it moves (what `deform` gave).
     background: what is behind the head, 0..1; its size is the picture's.
     members, known: as in `deform`.
     doubt: whether uncertainty and attention are drawn too; without they are zero and cost nothing.
@@ -144,7 +146,8 @@ def render(
   fuse_by: Implementation | None = None
   if implementation == "xla" or implementation == "reference":
     fuse_by = implementation
-  motion = deform(avatar, controls, members, known, fuse_by)
+  if motion is None:
+    motion = deform(avatar, cast(Controls, controls), members, known, fuse_by)
   black = jnp.zeros(3, background.dtype)
   draw = functools.partial(
     render_layer, camera=camera, width=width, height=height, background=black,

@@ -29,10 +29,6 @@ from uajax.errors import Stopped, UserError
 Path = pathlib.Path
 Preset = Literal["demo", "quick", "paper"]
 
-LATER = {
-  "view": "the interactive viewer",
-}
-
 
 class WrongUse(Exception):
   """Arguments that parse but do not go together. Exit status 2."""
@@ -320,6 +316,35 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+  """Show the person of a run in the browser: talking, feeling and turned about as you like."""
+
+  run_path: Annotated[Positional[Path], arg(metavar="RUN")]  # a run folder
+  audio: Path | None = None  # speech: any sound or video file (default: of its training)
+  size: int | None = None  # height of the pictures drawn, px; fewer are drawn sooner
+  host: str = "127.0.0.1"  # 0.0.0.0 lets all who reach this machine in: there is no password
+  port: int = 8080  # or the next that is free
+  audio_weights: Path | None = None  # of the audio encoder, if they were moved since `extract`
+  subject: Path | None = None  # where the subject folder lies now, if it was moved
+
+  def run(self) -> int:
+    from uajax import view
+
+    with view.serve(
+      self.run_path,
+      audio=self.audio,
+      subject=self.subject,
+      audio_weights=self.audio_weights,
+      size=self.size,
+      host=self.host,
+      port=self.port,
+    ) as viewer, contextlib.suppress(KeyboardInterrupt):
+      print(f"open {viewer.url} in a browser; Ctrl-C ends it", flush=True)
+      viewer.wait()
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
   """Write the avatar of a run for other programs."""
 
@@ -427,6 +452,7 @@ COMMANDS: dict[str, type] = {
   "synthesize": Synthesize,
   "verify": Verify,
   "evaluate": Evaluate,
+  "view": View,
   "export": Export,
   "import-official": ImportOfficial,
   "synthetic": Synthetic,
@@ -448,8 +474,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   words = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in words
   words = [word for word in words if word != "--debug"]
-  if words and words[0] in LATER:
-    return _fail(f"`uajax {words[0]}` ({LATER[words[0]]}) comes with a later version", 2)
   logging.basicConfig(level=logging.WARNING, format="uajax: %(message)s")
   cache.keep_compiled()
   try:

@@ -131,7 +131,7 @@ def synthesize(
   avatar = run.avatar()
   extractors = extract.load(run.extractors)
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
-  listen = _listener(run, audio_weights, audio_windows)
+  listen = listener(run, audio_weights, audio_windows)
   speech = extract.hear(extractors, sound, frames, emotion=wanted, listen=listen)
   speech = speech._replace(emotion=direction.feel(
     spans, np.asarray(speech.emotion), functools.partial(control.resolve, extractors)))
@@ -404,7 +404,7 @@ def ahead(function: Callable[[Any], Any], items: Iterable, depth: int = 2 * CHUN
         future.cancel()
 
 
-def _listener(run, weights, file):
+def listener(run, weights, file):
   """What makes the audio windows of speech for this run (`encoders.Windows`)."""
   from uajax.data import folder
   from uajax.speech import encoders

@@ -48,7 +48,7 @@ WRONG = [
   (["evaluate", "R", "--pred", "a.mp4", "--truth", "b.mp4"], "either RUN or both"),
   (["export", "R", "--format", "obj", "--out", "x"], "'obj'"),
   (["extract", "S", "--wav2vec2", "W"], "--size paper"),
-  (["view", "R"], "later version"),
+  (["view"], "RUN"),
   (["sweep"], "Missing from uajax sweep"),
   (["sweep", "--out", "S", "experiments/members.py"], "experiment file comes first"),
   (["sweep", "experiments/members.py"], "needs subject folders"),
@@ -231,6 +231,6 @@ def test_help_of_the_module_is_quick_and_loads_nothing_heavy():
 
 
 def test_as_a_program():
-  words = [sys.executable, "-m", "uajax", "view", "R"]
+  words = [sys.executable, "-m", "uajax", "export", "R"]
   done = subprocess.run(words, capture_output=True, text=True, timeout=60)
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
