@@ -45,6 +45,7 @@ from uajax.view.stage import (
 
 SOUND_S = 60.0  # of sound that a message carries to the page
 QUALITY = 92  # of JPEG pictures
+SMALL = 256  # side of a picture, px, below which it travels as PNG
 MOST_KEPT = 256 << 20  # bytes of pictures kept for a visitor
 
 Seen = Literal["as filmed", "free: drag to turn"]
@@ -368,9 +369,10 @@ class Visit:
       scene.set_background_image(None)
       return
     picture = self._picture(talk, frame, acting, look)
+    # viser's JPEG halves the chroma's size, which shows where pixels are drawn large.
+    form = "png" if picture.size < 3 * SMALL**2 else "jpeg"
     with self.client.atomic():
-      scene.set_background_image(on_canvas(picture, look.eye.aspect), "jpeg",
-                                 jpeg_quality=QUALITY)
+      scene.set_background_image(on_canvas(picture, look.eye.aspect), form, jpeg_quality=QUALITY)
       if self._cloud is not None:
         self._cloud.visible = False
 
