@@ -40,7 +40,17 @@ from PIL import Image
 from uajax import media, pretrained, saving
 from uajax.data import folder
 from uajax.errors import UserError
-from uajax.preprocess import action_units, landmarks, masks, report, spans, track, weights, workers
+from uajax.preprocess import (
+  action_units,
+  landmarks,
+  masks,
+  refine,
+  report,
+  spans,
+  track,
+  weights,
+  workers,
+)  # fmt: skip
 from uajax.progress import Progress
 from uajax.types import FPS, SAMPLE_RATE_HZ
 
@@ -165,7 +175,7 @@ def run(
     with steps.timed("landmarks"):
       read = _read(steps, plan, each)
     with steps.timed("track"):
-      tracked = _track(steps, plan, read, landmarker.mesh)
+      tracked = _track(steps, plan, read, landmarker.mesh, each)
     made = before is not None and before["keys"].get("pictures") == keys["pictures"]
     if made:
       with steps.timed("pictures"):
@@ -236,7 +246,7 @@ def _keys(video: pathlib.Path, settings: Settings, models: Models) -> dict[str, 
 
   keys = {"look": key(mark.hexdigest(), size, s.limit_s, own["bundle"], media, landmarks, spans)}
   keys["landmarks"] = key(keys["look"], s.size, s.looks)
-  keys["track"] = key(keys["landmarks"], s.focal_px, track)
+  keys["track"] = key(keys["landmarks"], s.focal_px, track, refine)
   keys["layers"] = key(keys["landmarks"], own["person"], own["hair"], own["parser"], masks, workers)
   keys["pictures"] = key(keys["layers"])
   keys["tables"] = key(
@@ -507,21 +517,63 @@ def _read(steps: _Steps, plan: Plan, each: workers.Run) -> Read:
   return Read(found["points"][nearest], found["scores"][nearest])
 
 
-def _track(steps: _Steps, plan: Plan, read: Read, mesh: landmarks.Mesh) -> track.Track:
+def _track(
+  steps: _Steps, plan: Plan, read: Read, mesh: landmarks.Mesh, each: workers.Run
+) -> track.Track:
   found = steps.found("track")
   if found is None:
-    focal_px = steps.settings.focal_px
-    progress = Progress("track the head", track.steps(focal_px))
-    fitted = track.fit(
-      read.points, read.scores, plan.used, mesh, plan.size, plan.size,
-      focal_px=focal_px, cuts=np.isin(np.arange(plan.frames), plan.begins),
-      advance=progress.advance,
-    )  # fmt: skip
-    progress.close(
-      f"focal length {fitted.focal_px:.0f} px, reprojection {fitted.reprojection_px:.2f} px, "
-      f"jitter {fitted.jitter_px:.2f} px"
-    )
+    into, cuts = steps.work / "track", np.isin(np.arange(plan.frames), plan.begins)
+    begun = workers.load(into / "fitted.npz")
+    if begun is None:
+      focal_px = steps.settings.focal_px
+      progress = Progress("track the head", track.steps(focal_px))
+      fitted = track.fit(
+        read.points, read.scores, plan.used, mesh, plan.size, plan.size,
+        focal_px=focal_px, cuts=cuts, advance=progress.advance,
+      )  # fmt: skip
+      progress.close(f"focal length {fitted.focal_px:.0f} px")
+      workers.save(into / "fitted.npz", **fitted._asdict())
+    else:
+      fitted = _to_track(begun)
+    fitted = _refine(steps, plan, read, mesh, fitted, cuts, each)
     found = steps.keep("track", **fitted._asdict())
+  return _to_track(found)
+
+
+def _refine(steps: _Steps, plan: Plan, read: Read, mesh, fitted: track.Track, cuts, each):
+  """The track with poses that the pictures confirm, if they show enough."""
+  into = steps.work / "track"
+  anchors = workers.load(into / "anchors.npz")
+  if anchors is None:
+    chosen = refine.choose_frames(fitted, plan.used)
+    wanted = np.isin(np.arange(plan.frames), chosen)
+    pictures = {f: refine.to_grey(image) for f, image in _cut_out(steps.video, plan, wanted)}
+    progress = Progress("learn the head's texture", len(refine.LEVELS))
+    learnt = refine.learn(
+      [pictures[f] for f in chosen], fitted.viewmats[chosen], fitted, track.stillness(mesh),
+      progress.advance,
+    )  # fmt: skip
+    progress.close(f"{len(learnt.points) if learnt else 0} anchors")
+    anchors = learnt._asdict() if learnt else {}
+    workers.save(into / "anchors.npz", **anchors)
+  if not anchors:
+    return fitted
+  pieces = workers.cut(plan.runs, plan.size)
+  _each(
+    steps, plan, "track", "follow the head", pieces, refine.follow_piece,
+    lambda piece: (into / "anchors.npz", fitted.viewmats[piece.begin : piece.end]), each,
+  )  # fmt: skip
+  viewmats, information = fitted.viewmats.copy(), np.zeros((plan.frames, 6, 6))
+  for piece in pieces:
+    found = workers.load(workers.result(into, piece)) or {}
+    viewmats[piece.begin : piece.end] = found["viewmats"]
+    information[piece.begin : piece.end] = found["information"]
+  return track.repose(
+    fitted, viewmats, information, read.points, plan.used, plan.size, plan.size, cuts=cuts
+  )
+
+
+def _to_track(found: dict[str, np.ndarray]) -> track.Track:
   values: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in found.items()}
   return track.Track(**values)
 

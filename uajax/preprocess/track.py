@@ -99,7 +99,7 @@ def fit(
   pixels = np.where(present[:, None, None], points[:, :, :2], 0.0) - np.array([width, height]) / 2
   noise = NOISE_PX * max(_face_size(pixels[seen]) / 200, 0.25)
   prior = _start_shape(points, seen, mesh)
-  still = _stillness(mesh)
+  still = stillness(mesh)
   coefficients = _compress(scores, present)
   jumps = breaks(points, present)
   jumps = jumps if cuts is None else jumps | cuts
@@ -115,13 +115,6 @@ def fit(
   advance()
 
   raw = _pose(problem, solution, np.ones(len(still)))
-  head = solution.shape[solution.weights > 0.5 * solution.weights.max()]
-  whole = _longest_run(present)
-
-  def shake(poses: _Poses | _Raw) -> float:
-    at = _project(head, poses.rotations, poses.translations, solution.focal_px)
-    return jitter(at[whole])
-
   # Poses fitted to nine tenths of the landmarks, measured on the rest.
   out = np.arange(len(still)) % 10 == 3
   partial = _pose(problem, solution, np.where(out, 0.0, 1.0))
@@ -140,8 +133,8 @@ def fit(
     weights=solution.weights,
     reprojection_px=_rms(problem, solution, solution.weights),
     held_out_px=_rms(problem, untouched, rest),
-    jitter_px=shake(solution.poses),
-    raw_jitter_px=shake(raw),
+    jitter_px=_shake(problem, solution, solution.poses),
+    raw_jitter_px=_shake(problem, solution, raw),
     focal_spread=spread,
   )
 
@@ -149,6 +142,55 @@ def fit(
 def steps(focal_px: float | None) -> int:
   """How often `fit` calls `advance`."""
   return _bundle_rounds(focal_px) + 3
+
+
+def repose(
+  found: Track,
+  viewmats: Float[np.ndarray, "f 4 4"],
+  information: Float[np.ndarray, "f 6 6"],
+  points: Float[np.ndarray, "f p 3"],
+  present: Bool[np.ndarray, " f"],
+  width: int,
+  height: int,
+  *,
+  cuts: Bool[np.ndarray, " f"] | None = None,
+) -> Track:
+  """The track with poses that were found without the landmarks, tied in time.
+
+  Face and directions are fitted to the landmarks anew, under these poses; the directions may now
+  turn the face, as landmarks do that take an expression for a nod. Since no landmark had a say in
+  the poses, every one counts as held out.
+
+  Args:
+    found: what `fit` found.
+    viewmats: each frame's pose; of frames without a face ignored.
+    information: how firmly turns (radians) and shifts (metres) in the camera's axes are known.
+    points: landmarks and relative depth, as `fit` had them.
+    present: as `fit` had it.
+    width: of the picture.
+    height: of the picture.
+    cuts: as `fit` had it.
+  """
+  pixels = np.where(present[:, None, None], points[:, :, :2], 0.0) - np.array([width, height]) / 2
+  noise = NOISE_PX * max(_face_size(pixels[present]) / 200, 0.25)
+  jumps = breaks(points, present)
+  jumps = jumps if cuts is None else jumps | cuts
+  problem = _Problem(pixels, present, found.shape, found.weights, found.coefficients, noise, jumps)
+  raw = _Raw(viewmats[:, :3, :3], viewmats[:, :3, 3], information)
+  now = _Solution(
+    found.focal_px, _smooth(problem, raw), found.shape, found.directions, found.weights
+  )
+  for _ in range(2):
+    shape, directions = _shape(problem, now, settle=False)
+    now = now._replace(shape=shape, directions=directions)
+  out = np.tile(np.eye(4), (len(points), 1, 1))
+  out[:, :3, :3], out[:, :3, 3] = now.poses
+  error = _rms(problem, now, now.weights)
+  return found._replace(
+    viewmats=out, shape=now.shape, directions=now.directions, reprojection_px=error,
+    held_out_px=error, jitter_px=_shake(problem, now, now.poses),
+    raw_jitter_px=_shake(problem, now, raw),
+  )  # fmt: skip
 
 
 def project(
@@ -513,8 +555,11 @@ def _shape_normals(pixels, faces, rotations, translations, focal, noise, basis, 
   return lhs, rhs
 
 
-def _shape(problem: _Problem, now: _Solution):
-  """Still shape and expression directions that fit best under the current poses."""
+def _shape(problem: _Problem, now: _Solution, settle: bool = True):
+  """Still shape and expression directions that fit best under the current poses.
+
+  They are free of what turns or shifts the head, which poses should do, if they are to `settle`.
+  """
   # A long clip is thinned out: its shape needs no more frames than these.
   some = slice(None, None, max(len(problem.pixels) // SHAPE_FRAMES, 1))
   coefficients = problem.coefficients[some]
@@ -541,6 +586,8 @@ def _shape(problem: _Problem, now: _Solution):
   lhs = lhs + firm.reshape(count, -1)[:, :, None] * np.eye(q * 3)
   after = before + np.linalg.solve(lhs, rhs.reshape(count, -1, 1)).reshape(count, q, 3)
   shape, directions = after[:, 0], after[:, 1:].transpose(1, 0, 2)
+  if not settle:
+    return shape, directions
   # An expression must not turn or shift the head: take that out of its directions, and out of the
   # shape what turns or shifts it against the average face (scale stays where the prior holds it).
   rigid = _rigid_motions(shape)
@@ -590,6 +637,13 @@ def _rms(problem: _Problem, now: _Solution, weights: Float[np.ndarray, " p"]) ->
   return float(np.sqrt((square * weights).sum() / weights.sum()))
 
 
+def _shake(problem: _Problem, now: _Solution, poses: _Poses | _Raw) -> float:
+  """Jitter of the still points in the longest stretch of frames with a face."""
+  head = now.shape[now.weights > 0.5 * now.weights.max()]
+  at = _project(head, poses.rotations, poses.translations, now.focal_px)
+  return jitter(at[_longest_run(problem.present)])
+
+
 def _project(points, rotations, translations, focal):
   """[p 3] or [f p 3] to pixels about the principal point, [f p 2]."""
   points = np.broadcast_to(points, (len(rotations), *points.shape[-2:]))
@@ -627,7 +681,7 @@ def _start_poses(pixels, present, shape, still, focal) -> _Poses:
 def _start_shape(points, seen, mesh: marks.Mesh) -> Float[np.ndarray, "p 3"]:
   """Average of the mesh and of the clip's own shape as the network sees it, on the mesh's scale."""
   base = mesh.vertices - CENTRE
-  still = _stillness(mesh)[:468]
+  still = stillness(mesh)[:468]
   total = np.zeros((marks.LANDMARKS, 3))
   for f in seen:
     own = points[f] * np.array([1.0, -1.0, -1.0])
@@ -652,7 +706,7 @@ def _align(points, base, weights) -> Float[np.ndarray, "p 3"]:
   return scale * (points - mine) @ turn.T + theirs
 
 
-def _stillness(mesh: marks.Mesh) -> Float[np.ndarray, " p"]:
+def stillness(mesh: marks.Mesh) -> Float[np.ndarray, " p"]:
   """How little expression moves each landmark, 0..1, from where it lies on the average face."""
   v = mesh.vertices
   still = np.ones(marks.LANDMARKS)

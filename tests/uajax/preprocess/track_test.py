@@ -109,3 +109,14 @@ def test_a_jump_of_the_face_is_a_cut(mesh):
   points, _, _ = make_clip(mesh, focal=500.0, frames=20)
   points[10:, :, 0] += 80
   assert np.flatnonzero(track.breaks(points, np.ones(20, bool))).tolist() == [10]
+
+
+def test_poses_found_otherwise_are_tied_and_the_face_follows(mesh, fitted):
+  points, _, _ = make_clip(mesh, focal=500.0)
+  shaking = fitted.truth.copy()
+  shaking[::2, 0, 3] += 0.001
+  firm = np.tile(np.diag([1e6] * 3 + [1e8] * 3), (len(points), 1, 1))
+  found = track.repose(fitted.found, shaking, firm, points, fitted.present, SIZE, SIZE)
+  assert turn_error_deg(found.viewmats, fitted.truth)[fitted.present].max() < 0.05
+  assert found.jitter_px < 0.5 * found.raw_jitter_px
+  assert found.reprojection_px < 0.6 and found.held_out_px == found.reprojection_px
