@@ -16,16 +16,20 @@ what is named, "or" the larger:
   AU07 eyeSquint              AU09 noseSneer              AU10 mouthUpperUp
   AU12 mouthSmile             AU14 mouthDimple            AU17 mouthShrugLower
   AU15 mouthFrown, and half of how far the corners of the mouth are lowered
-  AU20 mouthStretch           AU23 mouthPress, or mouthRoll
+  AU20 mouthStretch           AU23 height of the lips' red lowered
   AU25 gap of the inner lips  AU26 jawOpen + gap          AU45 eyelid closure + eyeBlink
 
 AU05 and AU07 are bridged over blinks, which are not theirs. AU25 is measured: 5 is a gap of 25 mm.
 AU45 is the mean of two closures, each 0 (the clip's open eye) to 1 (shut), times 3: of the lids as
 measured, and of the score.
 
-On the procedural person, whose units are known, all of its units but one correlate by more than
-0.8 with the truth (tests/uajax/preprocess/truth_test.py). The one is AU23: that lips tighten
-without pressing together, the network hardly sees.
+AU23, the lip tightener, makes the red of the lips narrow and holds it so; the network hardly sees
+it, and mouthPress and mouthRoll are other units (AU24, AU28). So it is measured: how much lower
+than usual (the clip's median) the red of both lips is, a fifth counting 5, as a mean over about a
+fifth of a second, without what lasts less than that: lips that speak press and round too.
+
+On the procedural person, whose units are known, all of its units correlate by more than 0.8 with
+the truth (tests/uajax/preprocess/truth_test.py).
 
 Axes: f frames, b blendshapes, p landmarks.
 """
@@ -45,6 +49,10 @@ _PAIRS = {
 }  # fmt: skip
 BROW_M = 0.006  # motion of a brow from rest, up or down, that counts 5
 CORNER_M = 0.006  # the same of the corners of the mouth
+TIGHT = 0.2  # share by which the red of the tightest lips is lower
+# Narrow lips for less than half of these frames are speech; over these (standard deviation) it is
+# smoothed.
+PRESSED_FRAMES, TIGHT_FRAMES = 9, 5
 EYEBALL_M = 0.012  # radius
 # A closure beyond which, and the frames about it in which, the eyes' other scores tell of a blink.
 BLINK, BLINK_FRAMES = 0.3, 3
@@ -67,6 +75,7 @@ class Measures(NamedTuple):
   brow_inner: Float[np.ndarray, " f"]  # of the brows' inner ends over the eyes' inner corners
   brow_outer: Float[np.ndarray, " f"]  # of their outer ends over the eyes' outer corners
   corners: Float[np.ndarray, " f"]  # of the mouth's corners over its middle
+  red: Float[np.ndarray, " f"]  # mean height of the red of both lips
 
 
 class Offset(NamedTuple):
@@ -96,6 +105,8 @@ def measure(points: Float[np.ndarray, "f p 3"]) -> Measures:
     height(55, 107, 285, 336) - height(133, 362),
     height(46, 53, 63, 70, 276, 283, 293, 300) - height(33, 263),
     height(61, 291) - height(13, 14),
+    (apart(0, 13) + apart(37, 82) + apart(267, 312)
+     + apart(17, 14) + apart(84, 87) + apart(314, 317)) / 6,
   )  # fmt: skip
 
 
@@ -179,8 +190,9 @@ def estimate(
   sunk = raised(-measures.corners[found], CORNER_M)
   units["AU15"] = np.clip(units["AU15"] + 0.5 * sunk, 0, 1)
   units["AU17"] = lifted(score("mouthShrugLower"))
-  rolled = (score("mouthRollLower") + score("mouthRollUpper")) / 2
-  units["AU23"] = np.maximum(lifted(pair("mouthPress")), lifted(rolled))
+  red = ndi.median_filter(measures.red[found], PRESSED_FRAMES, mode="nearest")
+  red = ndi.gaussian_filter1d(red, TIGHT_FRAMES, mode="nearest")
+  units["AU23"] = raised(-red / max(float(np.median(red)), 1e-6), TIGHT)
   gap = np.clip(measures.gap[found] / WIDE_GAP_M, 0, 1)
   units["AU25"] = gap
   units["AU26"] = np.clip((lifted(score("jawOpen")) + gap) / 2, 0, 1)

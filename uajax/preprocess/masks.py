@@ -1,8 +1,8 @@
 """Cuts a frame into layers: face, hair, inner mouth, neck, torso and background.
 
 What each pixel is comes from the 19-class face parser where it is at hand, else from the person
-and hair mattes and the landmarks; the inner mouth and the teeth always from the landmarks, which
-follow the lips better than any mask. Class probabilities are averaged over neighbouring frames,
+and hair mattes and the landmarks; the inner mouth lies between the lips' edges as lips.py finds
+them, which is better than any mask. Class probabilities are averaged over neighbouring frames,
 so that edges do not flicker. From the layers come the clean background plate, the picture with
 that plate behind the person, and the torso with its neck painted on beneath the chin, as
 method.md E.5 and E.6 have them.
@@ -30,7 +30,7 @@ LAYERS = (FACE, HAIR, NECK, TORSO)
 LAYER_IDS = np.array(LAYERS, np.uint8)
 PERSON_SIDE, HAIR_SIDE, PARSER_SIDE = 256, 512, 448
 # The parser's 19 classes (CelebAMask-HQ) as ours. Ears, brows, eyes, glasses and lips are face,
-# a hat is hair (both move with the head), the inner mouth is taken from the landmarks.
+# a hat is hair (both move with the head), and so is the inner mouth at first.
 PARSER_CLASSES = np.array(
   [BACKGROUND] + [FACE] * 13 + [NECK, NECK, TORSO, HAIR, HAIR], np.uint8
 )  # fmt: skip
@@ -39,6 +39,7 @@ PARSER_SPAN = 1.6  # side of what the parser sees, in landmark squares
 SHARE = (51, 154, 51)  # 256ths: of the frame before, this one and the next
 MARGIN = 0.016  # of the picture's height: nearer to the person a pixel is not yet background
 PLATE_SAMPLES = 64
+CRUMB = 0.002  # of the mouth's width squared: a smaller piece of an inner mouth is none
 WARP_CELLS = 16  # along a side of the picture, where layers are carried
 STEADY = [10, 338, 297, 332, 284, 251, 389, 356, 454, 234, 127, 162, 21, 54, 103, 67, 109]
 STEADY += [168, 6, 197, 195, 5, 4, 1, 2, 98, 327, 33, 133, 362, 263]  # brow to nose and ears
@@ -299,10 +300,8 @@ def _bring(layers, points_then, points_now) -> np.ndarray:
   return out
 
 
-def classify(
-  layers: UInt8[np.ndarray, "h w c"], points: Float[np.ndarray, "p 3"]
-) -> UInt8[np.ndarray, "h w"]:
-  """One class a pixel: the likeliest, without specks and holes; the mouth as the lips show it."""
+def classify(layers: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w"]:
+  """One class a pixel: the likeliest, without specks and holes; the inner mouth is still face."""
   h, w = layers.shape[:2]
   planes = [np.ascontiguousarray(layers[..., c]) for c in range(len(LAYERS))]
   likeliest, top = np.full((h, w), LAYERS[0], np.uint8), planes[0].copy()
@@ -329,10 +328,23 @@ def classify(
       r, c = np.nonzero(speck)
       at = 2 * np.asarray(nearest)[:, r // 2, c // 2]
       classes[r, c] = classes[at[0], at[1]]
-  gap = np.linalg.norm(points[13, :2] - points[14, :2])
-  if gap > 0.004 * h:
-    classes[fill_polygon(points[marks.INNER_LIPS, :2], h, w) > 0.5] = MOUTH
   return classes
+
+
+def open_mouth(
+  classes: UInt8[np.ndarray, "h w"], outline: Float[np.ndarray, "n 2"]
+) -> UInt8[np.ndarray, "h w"]:
+  """Classes with the inner mouth in them, whose outline lips.outline gives in pixels.
+
+  Pixels count that lie in it by more than half, but for crumbs: lips that all but touch are shut.
+  """
+  h, w = classes.shape
+  inside = fill_polygon(outline, h, w) > 0.5
+  if inside.any():
+    box = _surround(inside, 0)
+    width = float(np.ptp(outline[:, 0]))
+    inside[box] &= ~_pieces(inside[box], share=0.1, pixels=CRUMB * width**2)
+  return np.where(inside, np.uint8(MOUTH), classes)
 
 
 def find_steadiness(

@@ -43,6 +43,7 @@ from uajax.errors import UserError
 from uajax.preprocess import (
   action_units,
   landmarks,
+  lips,
   masks,
   refine,
   report,
@@ -247,7 +248,8 @@ def _keys(video: pathlib.Path, settings: Settings, models: Models) -> dict[str, 
   keys = {"look": key(mark.hexdigest(), size, s.limit_s, own["bundle"], media, landmarks, spans)}
   keys["landmarks"] = key(keys["look"], s.size, s.looks)
   keys["track"] = key(keys["landmarks"], s.focal_px, track, refine)
-  keys["layers"] = key(keys["landmarks"], own["person"], own["hair"], own["parser"], masks, workers)
+  keys["layers"] = key(keys["landmarks"], own["person"], own["hair"], own["parser"], masks, workers,
+                       lips)  # fmt: skip
   keys["pictures"] = key(keys["layers"])
   keys["tables"] = key(
     keys["track"], keys["pictures"], s.av_offset, video.name, action_units, report
@@ -579,21 +581,25 @@ def _to_track(found: dict[str, np.ndarray]) -> track.Track:
 
 
 def _layers(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
-  """Classes of every piece, work/layers/<begin>.npz, and the plate, work/layers/plate.npy."""
+  """Classes of every piece, work/layers/<begin>.npz; lips.npz and plate.npy beside them."""
   into, models = steps.work / "layers", steps.models
   used = np.flatnonzero(plan.used)
   rois = landmarks.smooth_rois(read.points, plan.runs)
   number = min(masks.PLATE_SAMPLES, max(PLATE_BYTES // (plan.size**2 * 3), 8), len(used))
   samples = used[np.linspace(0, len(used) - 1, number).astype(int)].tolist()
+  mouths = np.unique(used[np.linspace(0, len(used) - 1, lips.SAMPLES).astype(int)]).tolist()
   pieces = workers.cut(plan.runs, plan.size, around=1)
   _each(
     steps, plan, "layers", "layers", pieces, workers.layers,
     lambda piece: (
       read.points[piece.first : piece.last], [rois[f] for f in range(piece.first, piece.last)],
-      (models.person, models.hair, models.parser), samples,
+      (models.person, models.hair, models.parser), samples, mouths,
     ),
     each,
   )  # fmt: skip
+  if not (into / "lips.npz").exists():
+    look = workers.learn_lips(into, pieces)
+    workers.save(into / "lips.npz", **(look._asdict() if look else {}))
   if (into / "plate.npy").exists():
     return
   background = masks.Plate(number)
@@ -620,7 +626,7 @@ def _pictures(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
   _each(
     steps, plan, "pictures", "pictures", bare, workers.pictures,
     lambda piece: (read.points[piece.begin : piece.end], workers.result(layers, piece),
-                   layers / "plate.npy"),
+                   layers / "plate.npy", layers / "lips.npz"),
     each,
   )  # fmt: skip
   seen = [workers.load(workers.result(into, piece)) or {} for piece in bare]
@@ -630,8 +636,9 @@ def _pictures(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
     plate=np.load(layers / "plate.npy", allow_pickle=False),
     seen=np.array(json.loads((layers / "plate.json").read_text())["seen"]),
     **{name: np.concatenate([p[name] for p in found])
-       for name in ("shares", "overlaps", "steadiness", "jaws")},
-    teeth=np.concatenate([p["teeth"] for p in seen]),
+       for name in ("overlaps", "steadiness", "jaws")},
+    **{name: np.concatenate([p[name] for p in seen])
+       for name in ("shares", "teeth", "reds")},
   )  # fmt: skip
 
 
@@ -661,6 +668,7 @@ def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speec
   speech = np.pad(speech[:length], (0, max(length - len(speech), 0)))
   head = track.unproject(read.points[:, :, :2], tracked, plan.size, plan.size)
   measures = action_units.measure(head)
+  measures.red[used] = layers["reds"] * measures.width[used] / 2  # exacter than the landmarks
   offset = action_units.find_offset(measures, speech, used)
   move = settings.av_offset
   if move is None:

@@ -26,8 +26,8 @@ from jaxtyping import Float, UInt8
 from uajax import memory, saving
 from uajax.data import folder
 from uajax.errors import UserError
-from uajax.preprocess import landmarks, masks
-from uajax.types import FACE, HAIR, MOUTH
+from uajax.preprocess import landmarks, lips, masks
+from uajax.types import FACE, HAIR
 
 PIECE_BYTES = 24_000_000  # of pictures in a piece,
 PIECE_FRAMES = 32  # which has so many at most
@@ -182,26 +182,27 @@ def layers(
   rois: list[landmarks.Roi],
   networks: tuple[pathlib.Path, pathlib.Path | None, pathlib.Path | None],
   samples: list[int],
+  mouths: list[int],
 ) -> int:
-  """Classes of a piece's pixels, saved; beside them the pictures of the frames `samples`.
+  """Classes of a piece's pixels, saved, the inner mouth still face.
 
-  Also saved: each class's share of the picture, how much of the head overlaps with the head of
-  the frame before (NaN where there is none), and of every JUDGE_EVERY-th frame how steady its
-  layers are and how well the face ends at the jaw (else NaN). Returns the number of frames.
+  Beside them the pictures of the frames `samples`, and the lips.Charts of the frames `mouths`.
+  Also saved: how much of the head overlaps with the head of the frame before (NaN where there is
+  none), and of every JUDGE_EVERY-th frame how steady its layers are and how well the face ends at
+  the jaw (else NaN). Returns the number of frames.
   """
   soft = _soft(_segmenter(*networks), images, points, rois)
-  classes, shares, overlaps, steadiness, jaws, before = [], [], [], [], [], None
+  classes, overlaps, steadiness, jaws, before = [], [], [], [], None
   for f, mixed in zip(range(piece.first, piece.last), masks.smooth(soft), strict=True):
     if f >= piece.end or f < piece.begin - 1 or mixed is None:
       continue
-    found = masks.classify(mixed, points[f - piece.first])
+    found = masks.classify(mixed)
     if f >= piece.begin:
-      head = np.isin(found, (FACE, HAIR, MOUTH))
+      head = np.isin(found, (FACE, HAIR))
       classes.append(found)
-      shares.append(np.bincount(found.ravel(), minlength=CLASSES) / found.size)
       both, steady, jaw = np.nan, np.full(len(masks.LAYERS), np.nan), np.nan
       if before is not None:
-        was = np.isin(before, (FACE, HAIR, MOUTH))
+        was = np.isin(before, (FACE, HAIR))
         both = (head & was).sum() / max((head | was).sum(), 1)
         if f % JUDGE_EVERY == 0:
           marks = points[f - piece.first]
@@ -215,15 +216,25 @@ def layers(
     if piece.begin <= f < piece.end:
       with saving.aside(sample(into, f)) as partial:
         np.save(partial, images[f - piece.first])
+  here = [f - piece.first for f in mouths if piece.begin <= f < piece.end]
+  charts = lips.chart(images[here], points[here])._asdict() if here else {}
   save(
     result(into, piece),
     classes=np.stack(classes),
-    shares=np.stack(shares),
     overlaps=np.array(overlaps),
     steadiness=np.stack(steadiness),
     jaws=np.array(jaws),
+    **{f"mouth_{name}": value for name, value in charts.items()},
   )
   return piece.end - piece.begin
+
+
+def learn_lips(into: pathlib.Path, pieces: Sequence[Piece]) -> lips.Look | None:
+  """What the clip's lips look like, from the charts that `layers` saved."""
+  found = [load(result(into, piece)) or {} for piece in pieces]
+  charts = [lips.Charts(*(p[f"mouth_{name}"] for name in lips.Charts._fields))
+            for p in found if "mouth_middle" in p]  # fmt: skip
+  return lips.learn(lips.join(charts)) if charts else None
 
 
 def _soft(segmenter, images, points, rois) -> Iterator[np.ndarray]:
@@ -248,16 +259,27 @@ def pictures(
   points: Float[np.ndarray, "f p 3"],
   classes_file: pathlib.Path,
   plate_file: pathlib.Path,
+  lips_file: pathlib.Path,
 ) -> int:
-  """Writes a piece's files into the picture folders of `into`; returns the number of frames."""
+  """Writes a piece's files into the picture folders of `into`; returns the number of frames.
+
+  Saved beside: each class's share of the picture, whether it shows teeth, and lips.measure_reds.
+  """
   plate = np.load(plate_file, allow_pickle=False)
+  look = load(lips_file)
   found = load(classes_file)
   if found is None:
     raise UserError(f"{classes_file} is damaged: remove {into.parent} and run again")
-  with_teeth = []
-  for f, image, marks, classes in zip(
-    range(piece.begin, piece.end), images, points, found["classes"], strict=True
-  ):
+  charts = lips.chart(images, points)
+  edges = lips.find(charts, lips.Look(**look) if look else None)
+  shares, with_teeth = [], []
+  each = zip(
+    range(piece.begin, piece.end), images, points, found["classes"], lips.outline(charts, edges),
+    strict=True,
+  )  # fmt: skip
+  for f, image, marks, classes, inner in each:
+    classes = masks.open_mouth(classes, inner)
+    shares.append(np.bincount(classes.ravel(), minlength=CLASSES) / classes.size)
     teeth = masks.find_teeth(image, classes)
     with_teeth.append(bool(teeth.any()))
     content = folder.Content(
@@ -269,7 +291,10 @@ def pictures(
       original=image,
     )
     folder.write_pictures(into, f, content)
-  save(result(into, piece), teeth=np.array(with_teeth))
+  save(
+    result(into, piece), shares=np.stack(shares), teeth=np.array(with_teeth),
+    reds=lips.measure_reds(charts, edges),
+  )  # fmt: skip
   return piece.end - piece.begin
 
 

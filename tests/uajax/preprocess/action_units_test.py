@@ -14,7 +14,7 @@ def make_measures(gap=None, lids=None, **more):
     height=still + 0.015 if gap is None else gap + 0.015,
     width=still + 0.045,
     lids=np.full(FRAMES, 0.3) if lids is None else lids,
-    **{name: more.get(name, still) for name in ("brow_inner", "brow_outer", "corners")},
+    **{name: more.get(name, still) for name in ("brow_inner", "brow_outer", "corners", "red")},
   )
 
 
@@ -56,6 +56,15 @@ def test_brows_and_corners_are_counted_from_rest_both_ways():
     assert units[unit][:40].min() > 2 and units[unit][rest].max() == units[unit][-40:].max() == 0
   assert units["AU04"][-40:].min() > 2 and units["AU04"][:140].max() == 0
   assert units["AU15"][-40:].min() > 1 and units["AU15"][:140].max() == 0
+
+
+def test_lips_are_tight_that_stay_narrow():
+  red = np.full(FRAMES, 0.008)
+  red[20:23] = 0.004  # pressed for a sound
+  red[100:150] = 0.007
+  units = action_units.estimate(make_scores(), make_measures(red=red), np.ones(FRAMES, bool))
+  assert units["AU23"][115:135].min() > 2.5
+  assert max(units["AU23"][:80].max(), units["AU23"][170:].max()) < 0.1
 
 
 def test_eyes_that_turn_are_seen_to():
@@ -132,7 +141,7 @@ def speak(frames, seed):
 
 def test_late_sound_is_noticed_and_moved():
   opening, speech = speak(400, 1)
-  measures = action_units.Measures(*[0.01 * opening] * 7)
+  measures = action_units.Measures(*[0.01 * opening] * 8)
   present = np.ones(400, bool)
   base = action_units.find_offset(measures, speech, present)
   late = action_units.find_offset(measures, action_units.shift_sound(speech, -4), present)
@@ -146,7 +155,7 @@ def test_late_sound_is_noticed_and_moved():
 def test_unrelated_or_no_sound_is_no_evidence():
   opening, _ = speak(300, 2)
   _, other = speak(300, 3)
-  measures = action_units.Measures(*[0.01 * opening] * 7)
+  measures = action_units.Measures(*[0.01 * opening] * 8)
   present = np.ones(300, bool)
   assert not action_units.find_offset(measures, other, present).clear
   assert not action_units.find_offset(measures, np.zeros(300 * 640, np.float32), present).clear

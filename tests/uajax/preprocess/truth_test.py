@@ -125,10 +125,7 @@ def test_tracker_finds_pose_and_focal_length_from_true_landmarks(shared, noise_p
   assert found.focal_px == pytest.approx(portrait.FOCAL * 512, rel=0.12)
 
 
-# What the networks are known to miss on this person, each below the target of 0.8 or 0.9: lips
-# that tighten, and thin openings of the mouth (they are a pixel off; it is 10 pixels high).
-UNSEEN_UNITS = {"AU23"}
-LEAST_IOU = {FACE: 0.9, HAIR: 0.9, NECK: 0.9, TORSO: 0.9, MOUTH: 0.65}
+LAYERS = (FACE, HAIR, NECK, TORSO, MOUTH)
 
 
 @pytest.mark.slow
@@ -156,7 +153,9 @@ def test_preprocessing_a_film_of_the_person_finds_the_truth(shared, tmp_path):
   print(f"{degrees.mean():.2f} deg, {away.mean():.2%}, focal {focal / film.focal_px - 1:+.1%}")
 
   overlap = {}
-  for label in LEAST_IOU:
+  # Pixels of all frames count alike: what a pixel or two in an all but shut mouth weigh is what
+  # they weigh in training, and a shut mouth is wrong by what is found in it.
+  for label in LAYERS:
     shared_px = either = 0
     for frame in range(0, len(truth), 5):
       with Image.open(out / "parsing" / f"{frame}.png") as picture:
@@ -178,7 +177,7 @@ def test_preprocessing_a_film_of_the_person_finds_the_truth(shared, tmp_path):
   assert away.mean() < 0.01
   assert degrees.mean() < 1.2  # the network reads expressions as nods; by true landmarks 0.5
   assert focal == pytest.approx(film.focal_px, rel=0.15)  # by true landmarks 0.12
-  for label, least in LEAST_IOU.items():
-    assert overlap[label] > least, label
+  for label in LAYERS:
+    assert overlap[label] >= 0.9, label
   for name, value in correlation.items():
-    assert value > 0.8 or name in UNSEEN_UNITS, name
+    assert value >= 0.8, name
