@@ -109,27 +109,28 @@ class FaceMotion(nn.Module):
     self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
-    heard = _hear(self, controls)
-    face = self.expression(controls.action_units[:5])
-    face = jnp.concatenate([face, controls.action_units[5:]])
-    where, channels, eyes, felt = places
-
-    heeded = jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)
-    modalities = {
-      "audio": Modality(heeded),
-      "content": Modality(where, constant=controls.f_exp),
-      "style": Modality(where, constant=controls.f_tone),
-      "emotion": Modality(felt, self.emotion.code(controls.emotion)),
-    }
-    code, fused = self.fusion(modalities, where, members)
+    code, fused = self.fusion(self.modalities(places, controls), places.where, members)
     return types.Motion(
       d_mean=_UNIT * self.mean_head(code),
       d_quat=self.rotation_head(code),
       d_scale=self.scale_head(code),
-      attention=jnp.stack([_norm(channels), _norm(eyes)], -1),
+      attention=jnp.stack([_norm(places.channels), _norm(places.eyes)], -1),
       aleatoric=fused.aleatoric,
       epistemic=fused.epistemic,
     )
+
+  def modalities(self, places: Places, controls: types.Controls) -> dict[str, Modality]:
+    """What each of FACE_MODALITIES has to go by."""
+    heard = _hear(self, controls)
+    face = self.expression(controls.action_units[:5])
+    face = jnp.concatenate([face, controls.action_units[5:]])
+    where, channels, eyes, felt = places
+    return {
+      "audio": Modality(jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)),
+      "content": Modality(where, constant=controls.f_exp),
+      "style": Modality(where, constant=controls.f_tone),
+      "emotion": Modality(felt, self.emotion.code(controls.emotion)),
+    }
 
 
 class MouthMotion(nn.Module):

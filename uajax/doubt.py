@@ -1,0 +1,233 @@
+"""Whether the uncertainty means something: `python -m uajax.doubt RUN`.
+
+Two questions, answered with figures as they come out. Is the avatar wrong where it says that it
+is unsure? On the frames of a split the uncertainty map is held against the error that the truth
+shows, pixel by pixel and frame by frame. And does a modality say so when its input is bad? White
+noise is added to the subject's own speech, and each modality's doubt of the face's motion (the
+trace of its Gaussian's covariance, method.md C.5) measured before it is fused with the others'.
+
+Axes: f frames, h w pixels, n splats.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from scipy.stats import rankdata
+
+from kernels.fusion import fuse_answers
+from uajax import metrics, saving, synthesize
+from uajax.avatar import Avatar, know
+from uajax.errors import UserError
+from uajax.models.fusion import Ensembles
+from uajax.models.motion import FACE_MODALITIES, FaceMotion, Places
+from uajax.progress import Progress
+from uajax.types import ACTION_UNITS, FACE, HAIR, MOUTH, Controls
+
+SNRS_DB = (30.0, 20.0, 10.0, 0.0)
+FRAMES = 64  # of the noisy speech, evenly spread
+TENTH = 10  # the share of pixels that counts as the most uncertain: one in so many
+
+
+def measure(
+  run_path: str | os.PathLike,
+  split: str = "val",
+  *,
+  snrs_db: Sequence[float] = SNRS_DB,
+  subject: str | os.PathLike | None = None,
+  seed: int = 0,
+) -> dict:
+  """Both answers for the newest avatar of a run.
+
+  Args:
+    run_path: a run folder.
+    split: whose frames the map is judged on.
+    snrs_db: of the speech with noise; the noise is white, its power that of the whole speech.
+    subject: the subject folder, if it is no longer where it was when training.
+    seed: of the noise.
+
+  Raises:
+    UserError: the run or its subject cannot be read; a ratio is not finite.
+  """
+  from uajax import runs
+
+  for snr_db in snrs_db:
+    if not math.isfinite(snr_db):
+      raise UserError(f"a signal-to-noise ratio of {snr_db} dB: give finite ones")
+  run = runs.open_run(run_path)
+  avatar = run.avatar()
+  return {
+    "run": str(run.path), "trained": run.progress(), "split": split,
+    "map": judge_map(run, avatar, split, subject),
+    "noise": listen(run, avatar, snrs_db, subject, seed),
+  }
+
+
+def judge_map(run, avatar: Avatar, split, subject=None) -> dict[str, float]:
+  """How the map of uncertainty goes with the error, on the pixels that are head in the truth.
+
+  Returns:
+    pixel_rank_correlation: Spearman's, the mean over frames; frame_correlation: Pearson's, of the
+    frames' mean uncertainty and error; error_ratio: the error where the map is in its highest
+    tenth, over the error everywhere.
+  """
+  source = synthesize.open_source(run, split, subject)
+  truths = []
+
+  def scenes() -> Iterator[synthesize.Scene]:
+    for frame in synthesize.ahead(source.__getitem__, range(len(source))):
+      truths.append((frame.image, np.isin(frame.classes, (FACE, HAIR, MOUTH))))
+      yield synthesize.Scene(frame.controls, frame.camera, frame.background)
+
+  ranks, ratios, means = [], [], []
+  progress = Progress(f"doubt {split}", len(source))
+  for i, drawn in enumerate(synthesize.draw(avatar, scenes())):
+    truth, head = truths[i]
+    truths[i] = None
+    found = compare(drawn.uncertainty, drawn.image, truth, head)
+    ranks.append(found["rank_correlation"])
+    ratios.append(found["error_ratio"])
+    means.append((found["uncertainty"], found["error"]))
+    progress.advance()
+  progress.close()
+  doubts, errors = np.array(means, np.float64).T
+  return {
+    "frames": len(ranks),
+    "pixel_rank_correlation": float(np.mean(ranks)),
+    "frame_correlation": float(metrics.correlation(jnp.asarray(doubts), jnp.asarray(errors))),
+    "error_ratio": float(np.mean(ratios)),
+  }
+
+
+def compare(
+  uncertainty: Float[np.ndarray, "h w"],
+  image: UInt8[np.ndarray, "h w 3"],
+  truth: UInt8[np.ndarray, "h w 3"],
+  head: np.ndarray,
+) -> dict[str, float]:
+  """One frame's figures over the pixels of the mask `head`; errors are mean absolute, of 255."""
+  if not head.any():
+    return dict(rank_correlation=0.0, error_ratio=1.0, uncertainty=0.0, error=0.0)
+  error = np.abs(image.astype(np.float32) - truth).mean(-1)[head]
+  doubt = np.asarray(uncertainty, np.float32)[head]
+  most = np.argsort(-doubt, kind="stable")[: max(1, len(doubt) // TENTH)]
+  ranks = [jnp.asarray(rankdata(x), jnp.float32) for x in (doubt, error)]
+  return {
+    "rank_correlation": float(metrics.correlation(*ranks)),
+    "error_ratio": float(error[most].mean() / max(float(error.mean()), 1e-6)),
+    "uncertainty": float(doubt.mean()),
+    "error": float(error.mean()),
+  }
+
+
+def listen(run, avatar: Avatar, snrs_db: Sequence[float], subject=None, seed: int = 0
+           ) -> list[dict[str, float | None]]:
+  """Each modality's doubt, the mean over splats and frames, for clean and for noisy speech.
+
+  Returns:
+    a row for the clean speech (snr_db None) and for every ratio: snr_db, and a value for each of
+    models.motion.FACE_MODALITIES.
+  """
+  from uajax import media
+  from uajax.priors import extract
+  from uajax.speech import features
+
+  path = pathlib.Path(subject) if subject is not None else run.subject
+  extractors = extract.load(run.extractors)
+  clean = media.read_audio(path / "aud.wav")
+  heard_by = synthesize.listener(run, None, None)
+  count = features.frame_count(len(clean))
+  still = np.zeros(len(ACTION_UNITS), np.float32)
+  places = know(avatar).face
+  rng = np.random.default_rng(seed)
+  rows = []
+  for snr_db in (None, *snrs_db):
+    sound = clean if snr_db is None else with_noise(clean, snr_db, rng)
+    speech = extract.hear(extractors, sound, count, listen=heard_by)
+    windows = np.asarray(speech.audio)
+    doubts = []
+    for i in np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int):
+      controls = Controls(*map(jnp.asarray, (
+        features.neighbouring(windows, int(i)), still, speech.f_exp[i], speech.f_tone[i],
+        speech.emotion[i])))
+      doubts.append(doubt(avatar, places, controls))
+    rows.append({"snr_db": snr_db} | {
+      name: float(np.mean([found[name] for found in doubts])) for name in FACE_MODALITIES})
+  return rows
+
+
+def with_noise(wav: Float[np.ndarray, " s"], snr_db: float, rng: np.random.Generator
+               ) -> Float[np.ndarray, " s"]:
+  """Speech with white noise of so much less power, scaled down where it would clip."""
+  power = float(np.mean(np.square(wav, dtype=np.float64)))
+  noise = rng.standard_normal(len(wav)) * math.sqrt(power / 10 ** (snr_db / 10))
+  mixed = wav + noise
+  return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
+
+
+@jax.jit
+def doubt(avatar: Avatar, places: Places, controls: Controls) -> dict[str, Float[Array, ""]]:
+  """The trace of each modality's covariance, aleatoric and epistemic, over the living splats."""
+  take, layer = avatar.config, avatar.face
+  inputs: Any = FaceMotion(take).apply(
+    {"params": layer.motion}, places, controls, method="modalities")
+  answers: Any = Ensembles(take).apply(
+    {"params": layer.motion["fusion"]["ensembles"]}, inputs, None)
+  found = {}
+  for name, answer in zip(inputs, answers, strict=True):
+    alone = fuse_answers([answer], limit=take.log_var_limit, ddof=take.ddof, implementation="xla")
+    trace = alone.aleatoric + alone.epistemic
+    found[name] = jnp.sum(jnp.where(layer.alive, trace, 0)) / jnp.maximum(layer.alive.sum(), 1)
+  return found
+
+
+def describe(report: Mapping) -> str:
+  """The figures as text."""
+  found = report["map"]
+  lines = [
+    f"{report['split']} split, {found['frames']} frames: uncertainty and error of a pixel "
+    f"correlate with {found['pixel_rank_correlation']:.2f} (ranks), of a frame with "
+    f"{found['frame_correlation']:.2f}; in the most uncertain tenth the error is "
+    f"{found['error_ratio']:.2f} times the mean",
+  ]
+  rows = report["noise"]
+  lines.append("doubt of each modality, clean speech 1:")
+  lines.append("SNR dB" + "".join(f"{name:>10}" for name in FACE_MODALITIES))
+  for row in rows:
+    ratios = (row[name] / max(rows[0][name], 1e-30) for name in FACE_MODALITIES)
+    noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g}"
+    lines.append(f"{noise:>6}" + "".join(f"{ratio:10.3f}" for ratio in ratios))
+  return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description="Whether the uncertainty means something.")
+  parser.add_argument("run", help="run folder")
+  parser.add_argument("--split", choices=("train", "val"), default="val")
+  parser.add_argument("--snr", type=float, nargs="+", default=list(SNRS_DB), help="dB")
+  parser.add_argument("--subject", help="the subject folder's new place, if it was moved")
+  parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
+  args = parser.parse_args(argv)
+  try:
+    report = measure(args.run, args.split, snrs_db=args.snr, subject=args.subject)
+    if args.out is not None:
+      with saving.aside(args.out) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  print(describe(report))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
