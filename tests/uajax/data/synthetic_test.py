@@ -179,6 +179,17 @@ def test_stronger_feeling_shows_more(emotion, unit):
   assert np.all(np.diff(levels) > 0.3)
 
 
+def test_a_line_asks_for_units_beside_what_is_felt():
+  units = (("AU04", 3.0), ("AU45", 2.0))
+  lines = (Line("mama", 0, "happy", 1.0, 1.0, asked) for asked in ((), units))
+  plain, asked = (synthetic.perform(SMALL, (line,), 1) for line in lines)
+  more = (asked.au - plain.au)[8:17]  # the middle of a second
+  brow, lids = AU_NAMES.index("AU04"), AU_NAMES.index("AU45")
+  assert (more[:, brow] > 2).all() and (asked.blink[8:17] > 0.9).all()
+  np.testing.assert_allclose(np.delete(more, [brow, lids], axis=1), 0, atol=1e-9)
+  np.testing.assert_array_equal(asked.wav, plain.wav)
+
+
 def test_a_smile_lifts_the_corners_and_sadness_drops_them():
   plain, happy, sad = (
     synthetic.render_frames(Person(size_px=128), _hold(**gains)).landmarks[0]
@@ -272,6 +283,9 @@ def test_the_folder_is_whole_and_is_read(tmp_path):
     (Line("people begin summer", seconds=0.4),),
     (Line("", seconds=None),),
     (Line(seconds=0.0),),
+    (Line("hello", units=(("AU99", 1.0),)),),
+    (Line("hello", units=(("AU25", 1.0),)),),
+    (Line("hello", units=(("AU04", 6.0),)),),
   ],
 )
 def test_a_bad_script_is_refused_in_one_line(tmp_path, script):
