@@ -354,14 +354,24 @@ class Export:
   out: Path  # the file to write (ply of both layers: NAME_face.ply and NAME_mouth.ply)
   layer: Literal["both", "face", "mouth"] = "both"  # of a ply
   size: int = 512  # side of the pictures that a stablehlo program draws, px
+  audio: Path | None = None  # of a ply: --out is a folder then, the splats of every frame in it
+  emotion: str | None = None  # with --audio: a name. None: as it sounds
+  intensity: float = 1.0  # of the named emotion: 0 none, 1 full
 
   def run(self) -> int:
+    if self.audio is not None and self.format != "ply":
+      raise WrongUse("--audio belongs to --format ply: give both or none")
+    if self.emotion is not None and self.audio is None:
+      raise WrongUse("--emotion belongs to --audio: give both or none")
     from uajax import export
 
     for path in export.export(
-      self.run_path, self.format, self.out, layer=self.layer, size=self.size
-    ):
-      print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+      self.run_path, self.format, self.out, layer=self.layer, size=self.size, audio=self.audio,
+      emotion=self.emotion, intensity=self.intensity,
+    ):  # fmt: skip
+      files = [*path.iterdir()] if path.is_dir() else [path]
+      many = f"{len(files)} files, " if path.is_dir() else ""
+      print(f"{path} ({many}{sum(file.stat().st_size for file in files) / 1e6:.1f} MB)")
     return 0
 
 

@@ -3,8 +3,9 @@
 npz and safetensors hold every array under its path in the avatar, such as `face/splats/means`
 or `mouth/motion/params/...`, and `meta`, a JSON text with what the arrays do not say.
 `load_npz` and `load_safetensors` give the avatar back bit for bit. PLY is the layout of 3D
-Gaussian splatting viewers (method.md D.8): the head at rest, without motion. stablehlo is a
-program with all that it needs inside, from what drives a frame to its picture: JAX alone runs it.
+Gaussian splatting viewers (method.md D.8): the head at rest, or as it is in every frame of a
+recording. stablehlo is a program with all that it needs inside, from what drives a
+frame to its picture: JAX alone runs it.
 
 Axes: n splats, f frames, h w pixels.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,7 +27,17 @@ import numpy as np
 from uajax import config, saving
 from uajax.avatar import Avatar, Known, Layer, init_motion, know, render
 from uajax.errors import UserError
-from uajax.types import ACTION_UNITS, EMOTION, EXPRESSION, NEIGHBOURS, Camera, Controls, Splats
+from uajax.progress import Progress
+from uajax.types import (
+  ACTION_UNITS,
+  EMOTION,
+  EXPRESSION,
+  NEIGHBOURS,
+  Camera,
+  Controls,
+  Motion,
+  Splats,
+)
 
 VERSION = 1
 MAX_BYTES = 8 << 30  # of an archive read back: no avatar comes near it
@@ -42,15 +53,21 @@ def export(
   *,
   layer: Which = "both",
   size: int = 512,
+  audio: str | os.PathLike | None = None,
+  emotion: str | None = None,
+  intensity: float = 1.0,
 ) -> list[pathlib.Path]:
   """Writes the newest avatar of a run.
 
   Args:
     run_path: a run folder.
     format: "npz" or "safetensors" (everything), "ply" (splats at rest), "stablehlo" (a program).
-    out: the file. A ply of both layers becomes NAME_face.ply and NAME_mouth.ply.
+    out: the file. A ply of both layers becomes NAME_face.ply and NAME_mouth.ply; of a recording
+      it is a folder (`write_plys`).
     layer: of a ply.
     size: side of the pictures that a stablehlo program draws, px.
+    audio: speech that the splats of a ply say, frame by frame; None: they rest.
+    emotion, intensity: as in `synthesize.synthesize`.
 
   Returns:
     the files written.
@@ -61,6 +78,11 @@ def export(
   from uajax import runs
 
   out = pathlib.Path(out)
+  if audio is not None:
+    if format != "ply":
+      raise UserError("a recording is exported as splats alone: give --format ply")
+    names = LAYERS if layer == "both" else (layer,)
+    return [write_plys(out, run_path, audio, names, emotion, intensity)]
   avatar = runs.open_run(run_path).avatar()
   if format == "npz":
     return [write_npz(out, avatar)]
@@ -186,8 +208,8 @@ def unflatten(arrays: Mapping[str, np.ndarray], meta: str, source: os.PathLike) 
   return Avatar(face=layers["face"], mouth=layers["mouth"], config=motion, sh_degree=sh_degree)
 
 
-def write_ply(path: str | os.PathLike, layer: Layer) -> pathlib.Path:
-  """The living splats of a layer at rest, as splat viewers read them (method.md D.8).
+def write_ply(path: str | os.PathLike, layer: Layer, motion: Motion | None = None) -> pathlib.Path:
+  """The living splats of a layer, at rest or moved, as splat viewers read them (method.md D.8).
 
   Binary little endian; SH channel-major; scales as the logarithm of metres; opacities as
   logits; rotations wxyz.
@@ -200,6 +222,9 @@ def write_ply(path: str | os.PathLike, layer: Layer) -> pathlib.Path:
   if not alive.any():
     raise UserError(f"{path} was not written: the layer has no splats yet, train it first")
   splats = {k: np.asarray(v, np.float64)[alive] for k, v in layer.splats._asdict().items()}
+  if motion is not None:
+    moves = {"means": motion.d_mean, "quats": motion.d_quat, "raw_scales": motion.d_scale}
+    splats |= {k: splats[k] + np.asarray(v, np.float64)[alive] for k, v in moves.items()}
   means, count = splats["means"], int(alive.sum())
   columns = {axis: means[:, i] for i, axis in enumerate("xyz")}
   columns |= {name: np.zeros(count) for name in ("nx", "ny", "nz")}
@@ -218,13 +243,50 @@ def write_ply(path: str | os.PathLike, layer: Layer) -> pathlib.Path:
   header = [
     "ply",
     "format binary_little_endian 1.0",
-    "comment uajax splats at rest, metres",
+    f"comment uajax splats{' at rest' if motion is None else ''}, metres",
     f"element vertex {count}",
     *(f"property float {name}" for name in columns),
     "end_header",
   ]
   with saving.aside(path) as partial:
     partial.write_bytes("\n".join([*header, ""]).encode("ascii") + table.tobytes())
+  return path
+
+
+def write_plys(
+  path: str | os.PathLike, run_path: str | os.PathLike, audio: str | os.PathLike,
+  names: Sequence[str] = LAYERS, emotion: str | None = None, intensity: float = 1.0,
+) -> pathlib.Path:
+  """A folder with the splats of every frame in which the run's person says `audio`.
+
+      face_00000.ply, mouth_00000.ply, ...   25 a second, splats in the same order in all of them
+      cameras.json   width, height (px), and for each frame viewmat (world to camera) and K (px)
+
+  A frame's picture is the face drawn over the mouth. At most ten minutes are taken.
+
+  Raises:
+    UserError: the run, its subject or the recording cannot be used; the folder is not empty; disk
+      full.
+  """
+  from uajax.view.stage import Acting, Stage, read_speech
+
+  path = pathlib.Path(path)
+  stage = Stage(run_path)
+  talk = stage.hear(read_speech(audio), pathlib.Path(audio).name)
+  progress = Progress("splats", talk.frames)
+  with saving.aside(path, folder=True) as partial:
+    for i in range(talk.frames):
+      motion = stage.move(stage.controls(talk, i, Acting(emotion, intensity, ())))
+      for name in names:
+        write_ply(partial / f"{name}_{i:05}.ply", getattr(stage.avatar, name),
+                  getattr(motion, name))
+      progress.advance()
+    cameras = [stage.cameras[pose] for pose in talk.poses]
+    said = [{"viewmat": np.asarray(c.viewmat).tolist(), "K": np.asarray(c.K).tolist()}
+            for c in cameras]
+    (partial / "cameras.json").write_text(
+      json.dumps({"width": stage.width, "height": stage.height, "frames": said}), encoding="utf-8")
+  progress.close()
   return path
 
 

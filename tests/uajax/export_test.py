@@ -9,9 +9,10 @@ import jax.export
 import numpy as np
 import pytest
 
+from kernels.splat import rasterize
 from tests.uajax import tiny_run
 from uajax import export
-from uajax.avatar import render
+from uajax.avatar import composite, deform, render
 from uajax.errors import UserError
 from uajax.types import Camera, Controls
 
@@ -58,6 +59,38 @@ def test_ply_holds_the_living_splats_as_viewers_read_them(avatar, tmp_path):
   # channel-major: all eight of red, then green, then blue
   np.testing.assert_array_equal(ply["f_rest_8"], splats.sh_rest[:, 0, 1])
   np.testing.assert_array_equal(ply["f_rest_23"], splats.sh_rest[:, 7, 2])
+
+
+def test_a_ply_is_drawn_as_the_avatar_by_what_viewers_do(avatar, tmp_path):
+  plyfile = pytest.importorskip("plyfile")
+  rng = np.random.default_rng(3)
+  take = avatar.config
+  shapes = (8, take.audio_channels, take.audio_width), (6,), (64,), (64,), (128,)
+  controls = Controls(*(rng.normal(size=s).astype(np.float32) for s in shapes))
+  viewmat, K = np.eye(4, dtype=np.float32), np.float32([[90, 0, 24], [0, 90, 24], [0, 0, 1]])
+  viewmat[2, 3] = 0.3
+  behind = rng.uniform(0, 1, (48, 48, 3)).astype(np.float32)
+  motion = deform(avatar, controls)
+  drawn = {}
+  for name in ("face", "mouth"):
+    path = export.write_ply(tmp_path / f"{name}.ply", getattr(avatar, name), getattr(motion, name))
+    column = plyfile.PlyData.read(str(path))["vertex"]
+    many = lambda stem, count, column=column: np.stack(
+      [column[f"{stem}_{i}"] for i in range(count)], -1)
+    rest = many("f_rest", 24).reshape(-1, 3, 8).transpose(0, 2, 1)
+    drawn[name] = rasterize(
+      np.stack([column[axis] for axis in "xyz"], -1), many("rot", 4), np.exp(many("scale", 3)),
+      1 / (1 + np.exp(-column["opacity"])), np.concatenate([many("f_dc", 3)[:, None], rest], 1),
+      viewmat[None], K[None], 48, 48, sh_degree=2)  # fmt: skip
+  face, mouth = drawn["face"], drawn["mouth"]
+  got = composite(face.color[0], face.alpha[0], mouth.color[0], mouth.alpha[0], behind)
+  want = render(avatar, controls, Camera(viewmat, K), behind).composite
+  assert np.abs(np.asarray(got - want)).max() * 255 <= 1
+  assert np.abs(np.asarray(got) - behind).max() > 0.2  # the head is in the picture
+  rested = plyfile.PlyData.read(str(export.write_ply(tmp_path / "rest.ply", avatar.face)))["vertex"]
+  for name, least in (("x", 1e-3), ("rot_0", 1e-2), ("scale_0", 1e-2)):
+    moved = plyfile.PlyData.read(str(tmp_path / "face.ply"))["vertex"][name]
+    assert np.abs(moved - rested[name]).max() > least
 
 
 def test_log_softplus_is_right_far_below_zero():

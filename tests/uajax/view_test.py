@@ -4,6 +4,7 @@ Pages are visited by a websocket that says what a browser says first; the slow t
 """
 
 import io
+import json
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
-from uajax import media, runs, synthesize, view
+from uajax import export, media, runs, synthesize, view
 from uajax.errors import UserError
 from uajax.types import FPS
 from uajax.view import page, stage
@@ -264,6 +265,23 @@ def heard(connection):
                 if name.encode() in text}
   except TimeoutError:
     return found
+
+
+def test_a_recording_is_exported_frame_by_frame(run, made, tmp_path):
+  media.write_wav(tmp_path / "talk.wav", speech(0.4))
+  talk = made.hear(stage.read_speech(tmp_path / "talk.wav"), "talk.wav")
+  out = tmp_path / "frames"
+  export.export(run.path, "ply", out, audio=tmp_path / "talk.wav", emotion="happy", intensity=0.5)
+  names = sorted(path.name for path in out.iterdir())
+  assert len(names) == 21 and names[:2] == ["cameras.json", "face_00000.ply"]
+  said = json.loads((out / "cameras.json").read_text())
+  assert (said["width"], said["height"], len(said["frames"])) == (40, 32, 10)
+  np.testing.assert_allclose(said["frames"][7]["K"], made.cameras[talk.poses[7]].K)
+  motion = made.move(made.controls(talk, 7, stage.Acting("happy", 0.5, ())))
+  export.write_ply(tmp_path / "one.ply", made.avatar.face, motion.face)
+  assert (tmp_path / "one.ply").read_bytes() == (out / "face_00007.ply").read_bytes()
+  with pytest.raises(UserError, match="already holds something"):
+    export.export(run.path, "ply", out, audio=tmp_path / "talk.wav")
 
 
 def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path, monkeypatch):

@@ -403,6 +403,7 @@ class Visit:
       return None
     if self._ahead_since is None:
       self._ahead_since = len(self._drawn), time.monotonic()
+      self._tell(drawn=f"drawing {talk.frames - len(self._drawn)} frames ahead")
     self._picture(talk, missing, acting, look)
     done, (count, began_s) = len(self._drawn), self._ahead_since
     each_s = (time.monotonic() - began_s) / (done - count)
