@@ -94,7 +94,9 @@ class _Training(tune.Trainable):
 
   def setup(self, config: dict):
     self._trial = trials.load(config["folder"])
-    self._metric, self._told = config["metric"], 0
+    self._metric = config["metric"]
+    # What was logged before is no news: nobody shall stop it for what it has outgrown since.
+    self._told = max((row["total"] for row in trials.rows(self._trial)), default=0)
     self._process = worker.launch(self._trial.folder, _environment(config["share"]))
 
   def step(self) -> dict:
