@@ -76,6 +76,9 @@ class Look(NamedTuple):
   inside: Float[np.ndarray, "2 b"]  # log density of what is seen behind
   beyond: Float[np.ndarray, "2 b"]  # of all that lies outside
   height: Float[np.ndarray, "2"]  # usual height of each lip's red
+  # What tells teeth from tongue and gums: the reds (as in tones) of teeth and of lips, and the
+  # lips' green.
+  teeth: Float[np.ndarray, "3"]
 
 
 def chart(
@@ -125,7 +128,8 @@ def learn(charts: Charts) -> Look | None:
     if look is None:
       return None
     at = _search(charts, look, at)
-  return _fit(charts, at)
+  look = _fit(charts, at)
+  return look and look._replace(teeth=_judge_teeth(charts, at))
 
 
 def find(charts: Charts, look: Look | None) -> Float[np.ndarray, "f 2 c"]:
@@ -248,8 +252,24 @@ def _fit(charts: Charts, at: Float[np.ndarray, "f 2 c"], by_tone: bool = False) 
     tones.append(ndi.gaussian_filter1d(tone, 0.7, axis=1, mode="nearest"))
     spread = ndi.gaussian_filter1d(spread, 1.0, axis=1, mode="nearest")
     spreads.append(np.maximum(spread, np.array(LEAST_SPREAD)[:, None, None]))
-  rest = (np.stack(x) for x in (densities, beyonds, heights))
-  return Look(np.stack(tones), np.stack(spreads), *rest) if tones else Look(None, None, *rest)
+  look = Look(
+    None, None, np.stack(densities), np.stack(beyonds), np.array(heights), np.zeros(3)
+  )  # fmt: skip
+  return look if by_tone else look._replace(tone=np.stack(tones), spread=np.stack(spreads))
+
+
+def _judge_teeth(charts: Charts, at: Float[np.ndarray, "f 2 c"]) -> Float[np.ndarray, "3"]:
+  """Look.teeth; teeth are the least red of what is lighter than lips inside open mouths."""
+  v = _heights(charts)
+  red = charts.tones[:, 1]
+  lip = np.zeros(red.shape, bool)
+  for n, side in enumerate(_SIDES):
+    lip |= (side * (at[:, None, n] - v) > 0.06) & (side * (v - charts.outer[:, None, n]) > 0.06)
+  lip &= _MIDDLE
+  lip_red, lip_green = (float(np.median(x[lip])) if lip.any() else 0 for x in (red, charts.green))
+  inside = (v > at[:, None, 0] + 0.02) & (v < at[:, None, 1] - 0.02) & (charts.green > lip_green)
+  pale = float(np.percentile(red[inside], 10)) if inside.sum() > 20 else 0.0
+  return np.array([pale, lip_red, lip_green])
 
 
 def _scale(height: Float[np.ndarray, " f"], usual: float) -> Float[np.ndarray, " f"]:

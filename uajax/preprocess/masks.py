@@ -39,6 +39,7 @@ PARSER_SPAN = 1.6  # side of what the parser sees, in landmark squares
 SHARE = (51, 154, 51)  # 256ths: of the frame before, this one and the next
 MARGIN = 0.016  # of the picture's height: nearer to the person a pixel is not yet background
 PLATE_SAMPLES = 64
+RED_TEETH, DARK_TEETH = 0.35, 0.8  # see find_teeth
 CRUMB = 0.002  # of the mouth's width squared: a smaller piece of an inner mouth is none
 WARP_CELLS = 16  # along a side of the picture, where layers are carried
 STEADY = [10, 338, 297, 332, 284, 251, 389, 356, 454, 234, 127, 162, 21, 54, 103, 67, 109]
@@ -385,23 +386,25 @@ def find_jaw_agreement(
 
 
 def find_teeth(
-  image: UInt8[np.ndarray, "h w 3"], classes: UInt8[np.ndarray, "h w"]
+  image: UInt8[np.ndarray, "h w 3"],
+  classes: UInt8[np.ndarray, "h w"],
+  teeth: Float[np.ndarray, "3"],
 ) -> Bool[np.ndarray, "h w"]:
-  """Bright, pale pixels of the inner mouth, judged by the face's own skin."""
+  """Pixels of the inner mouth nearer in hue to the clip's teeth than to its lips, and not dark.
+
+  Tongue and gums are about as red as lips. `teeth` is lips.Look.teeth; pixels redder than
+  RED_TEETH of the way from its teeth to its lips, or darker than DARK_TEETH of lips, are none.
+  """
   mouth = classes == MOUTH
   out = np.zeros(mouth.shape, bool)
-  some = (slice(None, None, 4), slice(None, None, 4))  # skin enough to judge by
-  skin = image[some][classes[some] == FACE]
-  if mouth.sum() < 12 or len(skin) < 8:
+  if mouth.sum() < 12:
     return out
-  values = image[mouth].astype(np.float32)
-  level = float(np.median(skin.max(1)))
-  bright = values.max(1)
-  pale = 1 - values.min(1) / np.maximum(bright, 1)
-  skin_pale = float(np.median(1 - skin.min(1) / np.maximum(skin.max(1), 1)))
-  out[mouth] = (bright > 0.55 * level) & (pale < 0.8 * skin_pale)
   box = _surround(mouth, 2)
-  out[box] = ndi.binary_opening(out[box], np.ones((2, 2), bool))
+  values = image[box].astype(np.float32)
+  red = (values[..., 0] - values[..., 1]) / (values.sum(-1) + 30)
+  pale, lip_red, lip_green = (float(x) for x in teeth)
+  found = (red < pale + RED_TEETH * (lip_red - pale)) & (values[..., 1] > DARK_TEETH * lip_green)
+  out[box] = ndi.binary_opening(found & mouth[box], np.ones((2, 2), bool))
   return out
 
 
@@ -494,8 +497,10 @@ def cut_torso(
 ) -> UInt8[np.ndarray, "h w 4"]:
   """Neck and torso, opaque, carried on upwards under the head.
 
-  Each column of the neck goes on by a tenth of the picture, of the torso by a fiftieth, in the
-  colour at its upper end, a little darker with every row (method.md E.6).
+  Each column of the neck goes on by a tenth of the picture, of the torso by a fiftieth
+  (method.md E.6). The torso does so in the colour at its upper end, a little darker with every
+  row; the neck in that of its skin below, into which the chin's shadow at its upper end fades:
+  where a head that moves bares it, the shadow has moved too.
   """
   h, w = classes.shape
   head = np.isin(classes, (FACE, HAIR, MOUTH))
@@ -507,6 +512,7 @@ def cut_torso(
   # The upper end of a column: body whose neighbour above is head.
   ends = np.zeros((h, w), bool)
   ends[1:] = body[1:] & head[:-1]
+  skin = _find_neck_skin(image, classes, ends)
   for column in np.flatnonzero(ends.any(0)):
     row = int(np.argmax(ends[:, column]))
     is_neck = classes[row, column] == NECK
@@ -516,8 +522,12 @@ def cut_torso(
     begin = min(inset, max(depth - 1, 0)) if is_neck else 0
     source = colour[row + begin : row + max(depth, begin + 1), column].mean(0)
     top = max(row + begin - reach, 0)
-    steps = np.arange(row + begin - top, 0, -1)
-    colour[top : row + begin, column] = source[None] * 0.98 ** steps[:, None]
+    steps = np.arange(row + begin - top, 0, -1)[:, None]
+    if is_neck:
+      own = skin[column]
+      colour[top : row + begin, column] = own + (source - own) * np.exp(-steps * (64 / h))
+    else:
+      colour[top : row + begin, column] = source * 0.98**steps
     covered[top : row + begin, column] = True
     painted[top : row + begin, column] = True
   # Smooth what was painted, across columns above all, without the picture's own pixels.
@@ -534,6 +544,25 @@ def cut_torso(
   out[..., :3] = np.clip(shown, 0, 255, out=shown)
   out[..., 3] = covered * np.uint8(255)
   return out
+
+
+def _find_neck_skin(
+  image: UInt8[np.ndarray, "h w 3"],
+  classes: UInt8[np.ndarray, "h w"],
+  ends: Bool[np.ndarray, "h w"],
+) -> Float32[np.ndarray, "w 3"]:
+  """The colour of the neck below its upper end, column by column, changing slowly across."""
+  h, w = classes.shape
+  colours, weights = np.zeros((w, 3), np.float32), np.full(w, 1e-9, np.float32)
+  for column in np.flatnonzero((ends & (classes == NECK)).any(0)):
+    row = int(np.argmax(ends[:, column]))
+    rows = row + np.flatnonzero(classes[row : row + max(h // 10, 4), column] == NECK)
+    rows = rows[len(rows) // 3 :]  # the first third lies in the chin's shadow
+    weights[column] = len(rows)
+    colours[column] = np.median(image[rows, column], axis=0) if len(rows) else 0
+  total = ndi.gaussian_filter1d(weights, h / 64)
+  sums = ndi.gaussian_filter1d(colours * weights[:, None], h / 64, axis=0)
+  return sums / np.maximum(total, 1e-6)[:, None]
 
 
 def fill_polygon(

@@ -266,12 +266,13 @@ def pictures(
   Saved beside: each class's share of the picture, whether it shows teeth, and lips.measure_reds.
   """
   plate = np.load(plate_file, allow_pickle=False)
-  look = load(lips_file)
+  known = load(lips_file)
+  look = lips.Look(**known) if known else None
   found = load(classes_file)
   if found is None:
     raise UserError(f"{classes_file} is damaged: remove {into.parent} and run again")
   charts = lips.chart(images, points)
-  edges = lips.find(charts, lips.Look(**look) if look else None)
+  edges = lips.find(charts, look)
   shares, with_teeth = [], []
   each = zip(
     range(piece.begin, piece.end), images, points, found["classes"], lips.outline(charts, edges),
@@ -280,7 +281,9 @@ def pictures(
   for f, image, marks, classes, inner in each:
     classes = masks.open_mouth(classes, inner)
     shares.append(np.bincount(classes.ravel(), minlength=CLASSES) / classes.size)
-    teeth = masks.find_teeth(image, classes)
+    teeth = np.zeros(classes.shape, bool)
+    if look is not None:  # else the mouth never opens
+      teeth = masks.find_teeth(image, classes, look.teeth)
     with_teeth.append(bool(teeth.any()))
     content = folder.Content(
       truth=masks.put_behind(image, classes, plate),

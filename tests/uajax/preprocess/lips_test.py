@@ -68,10 +68,12 @@ def test_edges_are_found_that_landmarks_miss(film):
                                lips.chart(images[15:], points[15:])]))  # fmt: skip
   found = lips.find(charts, look)
   is_open = gaps > 3
-  assert miss(charts.inner, gaps, is_open) > 1.0
+  assert look is not None and miss(charts.inner, gaps, is_open) > 1.0
   assert miss(found, gaps, is_open) < 0.5
   shut = HALF * (found[:, 1] - found[:, 0])[gaps == 0]
   assert (shut >= 0).all() and shut.mean() < 0.7
+  pale, red, _ = look.teeth
+  assert pale < 0.05 and red > 0.15  # of the teeth and lips drawn
   # What one frame shows does not hang on which others are looked at with it.
   alone = lips.find(lips.chart(images[5:6], points[5:6]), look)
   np.testing.assert_allclose(alone[0], found[5], atol=1e-6)

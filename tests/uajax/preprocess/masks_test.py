@@ -108,18 +108,26 @@ def test_torso_goes_on_under_the_chin_and_not_elsewhere():
   assert torso[chin - 10, 96, 3] == 255 and torso[chin - 10, 96, 1] < 130  # neck, not face
   assert torso[chin - 60, 96, 3] == 0
   assert not torso[torso[..., 3] == 0].any()
+  # The chin's shadow at the neck's upper end is not carried on upwards.
+  shaded = image.copy()
+  shaded[chin - 4 : chin + 6][classes[chin - 4 : chin + 6] == NECK] = (60, 40, 30)
+  above = masks.cut_torso(shaded, classes)[chin - 15, 96, :3].astype(int)
+  assert np.abs(above - (180, 120, 90)).max() < 20
 
 
-def test_teeth_are_the_bright_pale_part_of_the_mouth():
+def test_teeth_are_pale_and_neither_tongue_nor_shade():
   classes = draw_person()
   image = np.full((96, 96, 3), (150, 100, 80), np.uint8)
-  classes[48:58, 40:56] = MOUTH
-  image[48:58, 40:56] = (70, 20, 20)
+  classes[48:60, 40:56] = MOUTH
+  image[48:60, 40:56] = (70, 20, 20)
   image[48:52, 42:54] = (190, 185, 175)
-  teeth = masks.find_teeth(image, classes)
+  image[54:58, 42:54] = (230, 160, 150)  # a tongue in full light
+  image[58:60, 42:54] = (60, 58, 55)  # pale, but in the dark
+  known = np.array([0.02, 0.2, 90.0])
+  teeth = masks.find_teeth(image, classes, known)
   assert teeth[48:52, 42:54].all() and teeth.sum() == 48
   classes[classes == MOUTH] = FACE
-  assert not masks.find_teeth(image, classes).any()
+  assert not masks.find_teeth(image, classes, known).any()
 
 
 def test_shoulders_that_the_parser_overlooks_are_torso():
