@@ -169,7 +169,8 @@ class _Watch(_Unsaved, tune.Callback):
   def __init__(self, folder: pathlib.Path, proposals: search.Proposals, metric: str, mode: str):
     self._folder, self._proposals, self._metric, self._mode = folder, proposals, metric, mode
     self._percent: dict[str, float] = {}
-    self._states = collections.Counter[str]()
+    ends = map(trials.end_of, trials.load_all(folder))
+    self._states = collections.Counter(end.state for end in ends if end is not None)
     self._progress = Progress("sweep, % of trials", 100 * proposals.count, 100 * proposals.ended)
 
   def on_trial_result(self, *, trial, result, **_):
