@@ -91,6 +91,7 @@ def test_the_free_camera_is_the_pages(made):
       stage.free_camera(eye._replace(**broken), 100)
 
 
+@pytest.mark.slow
 def test_as_filmed_it_is_what_synthesize_draws(made, talk):
   scenes = [synthesize.Scene(made.controls(talk, i, CALM), made.cameras[talk.poses[i]],
                              made.behind(talk.poses[i])) for i in (0, 7)]
