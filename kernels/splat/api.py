@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels.splat import bins as binning
-from kernels.splat import pallas, pallas_tpu, project, reference, tuning, xla
+from kernels.splat import moments, pallas, pallas_tpu, project, reference, tuning, xla
 from kernels.varying import UNCHECKED, varies
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -22,6 +23,7 @@ EXTENTS = ("exact", "official")
 KERNELS = {"mosaic": pallas, "interpret": pallas, "tpu": pallas_tpu, "tpu interpret": pallas_tpu}
 ROOM = 2**30  # pairs that int32 can number in every implementation
 FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
+MANY, PIECES = 2**18, 8  # so many splats are projected in so many pieces
 
 
 class Rasterized(NamedTuple):
@@ -170,11 +172,8 @@ def rasterize(
     "width", "height", "sh_degree", "extent", "attached", "implementation", "config", "capacity"))
 def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_degree, extent,
                attached, implementation, config, capacity):
-  # Keeping all that the projection went through takes a quarter of the memory of a large scene;
-  # projecting anew going backward, a tenth of the time.
-  see = jax.checkpoint(functools.partial(_see, width=width, height=height, sh_degree=sh_degree,
-                                         extent=extent))
-  seen, values, dropped = see(splats, viewmats, Ks, probe)
+  seen, shapes, values, dropped = _see(splats, viewmats, Ks, probe, width=width, height=height,
+                                       sh_degree=sh_degree, extent=extent)
   cameras, n = seen.depth.shape
   if implementation == "reference":
     draw = functools.partial(reference.composite, attached=attached, width=width, height=height)
@@ -182,7 +181,6 @@ def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_de
   else:
     tiles = binning.grid(width, height, config.tile)
     pairs = binning.build(seen, tiles, capacity)
-    shapes = jnp.concatenate([seen.xy, seen.conic, seen.opacity[..., None]], -1)
     composite = (xla if implementation == "xla" else KERNELS[config.backend]).composite
     shown = composite(shapes.reshape(cameras * n, 6), values.reshape(cameras * n, -1), pairs,
                       attached, tiles, config)
@@ -195,27 +193,57 @@ def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_de
 
 
 def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
-  """Projects into all cameras: leaves [c n ...], the values [c n m] they show, how many broke.
+  """Projects into all cameras: leaves [c n ...], shapes [c n 6], values [c n m], how many broke.
 
-  The values are colour, depth and features.
+  The values are what splats show: colour, depth and features.
   """
   means, quats, scales, opacities, colors, features = splats
   whole = (project.finite(means, project.LIMIT) & project.finite(scales, project.LIMIT)
            & project.finite(quats) & project.finite(opacities) & project.finite(colors)
            & project.finite(features))
-  # Zeros take the place of broken splats before anything is computed: a NaN that is masked
-  # only afterwards would come back in the gradient.
-  means, quats, scales, opacities, colors, features = (
-      jnp.where(whole.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0) for x in splats)
+  # Keeping all that the projection went through takes a quarter of the memory of a large scene;
+  # projecting anew going backward, a tenth of the time. Shading apart, less is at hand at once.
+  @jax.checkpoint
+  def shade(viewmat):
+    at, shown = _mend(whole, means, colors)
+    return shown if sh_degree is None else project.shade(at, shown, viewmat, sh_degree)
 
   def look(viewmat, K, probe):
-    seen = project.project(means, quats, scales, opacities, viewmat, K, probe, width=width,
-                           height=height, extent=extent, whole=whole)
-    color = colors if sh_degree is None else project.shade(means, colors, viewmat, sh_degree)
-    return seen, jnp.concatenate([color, seen.depth[:, None], features], 1)
+    @jax.checkpoint
+    def of(some):
+      means, quats, scales, opacities, whole, probe = some
+      means, quats, scales, opacities = _mend(whole, means, quats, scales, opacities)
+      seen = project.project(means, quats, scales, opacities, viewmat, K, probe, width=width,
+                             height=height, extent=extent, whole=whole)
+      return seen, moments.shapes(seen.xy, seen.conic, seen.opacity)
 
-  seen, values = jax.vmap(look)(viewmats, Ks, probe)
-  return seen, values, jnp.sum(~whole, dtype=jnp.int32)
+    seen, shapes = _in_pieces(of, (means, quats, scales, opacities, whole, probe))
+    return seen, shapes, jnp.concatenate(
+        [shade(viewmat), seen.depth[:, None], *_mend(whole, features)], 1)
+
+  seen, shapes, values = jax.vmap(look)(viewmats, Ks, probe)
+  return seen, shapes, values, jnp.sum(~whole, dtype=jnp.int32)
+
+
+def _mend(whole, *arrays):
+  """Zeros in place of what is not whole [n], before anything is computed of it.
+
+  A NaN that is masked only afterwards would come back in the gradient.
+  """
+  return [jnp.where(whole.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0) for x in arrays]
+
+
+def _in_pieces(function, splats):
+  """function(splats), of many splats a piece after the other.
+
+  Its gradient goes through tens of numbers a splat, which are in memory for one piece at a time.
+  """
+  n = len(splats[0])
+  if n < MANY or n % PIECES:
+    return function(splats)
+  cut = lambda x: x.reshape(PIECES, n // PIECES, *x.shape[1:])
+  join = lambda x: x.reshape(n, *x.shape[2:])
+  return jax.tree.map(join, lax.map(function, jax.tree.map(cut, splats)))
 
 
 def _assemble(shown, tiles, cameras):
@@ -281,7 +309,7 @@ def _trial(platform):
 
 @functools.partial(jax.jit, static_argnames=("tile", "width", "height", "sh_degree", "extent"))
 def _demand(splats, viewmats, Ks, probe, *, tile, width, height, sh_degree, extent):
-  seen, _, _ = _see(splats, viewmats, Ks, probe, width=width, height=height, sh_degree=sh_degree,
+  seen, *_ = _see(splats, viewmats, Ks, probe, width=width, height=height, sh_degree=sh_degree,
                     extent=extent)
   tiles = binning.grid(width, height, tile)
   counts = binning.demand(seen.rect, tile).reshape(-1)
@@ -294,7 +322,7 @@ def _capacity(splats, viewmats, Ks, probe, config, settings):
   The guess is `config.pairs` a splat, but beyond `FREE` pairs a camera only two a splat: scenes
   of many splats have small ones. No splat touches more tiles than there are.
   """
-  values = jax.tree.map(jax.lax.stop_gradient, (splats, viewmats, Ks, probe))
+  values = jax.tree.map(lax.stop_gradient, (splats, viewmats, Ks, probe))
   try:
     needed = int(_demand(*values, tile=config.tile, **settings))
   except jax.errors.ConcretizationTypeError:

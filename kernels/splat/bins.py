@@ -134,7 +134,7 @@ def sum_by_runs(rows, index, bins, width, longest):
   index = _used(index, bins, len(rows))
   index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
   fan = 8 if len(index) <= 4 * len(bins.runs) else 16  # 32 would not fuse any more
-  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan)[:, :width]
+  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan, width)
   return lax.optimization_barrier(sums)  # or all that reads the sums would add up anew
 
 
@@ -143,8 +143,8 @@ def _used(index, bins, none):
   return jnp.where(jnp.arange(len(index), dtype=jnp.int32) < bins.starts[-1], index, none)
 
 
-def _sum_runs(rows, index, begins, ends, longest, fan):
-  """Sums of rows[index[begins:ends]] for each run; rows beyond the last are zero.
+def _sum_runs(rows, index, begins, ends, longest, fan, width):
+  """Sums of rows[index[begins:ends], :width] for each run; rows beyond the last are zero.
 
   The first few rows of each run are added at once. The rest of the long runs is cut into
   pieces as short, and the pieces of one run make a run in turn.
@@ -152,7 +152,7 @@ def _sum_runs(rows, index, begins, ends, longest, fan):
   def add(begins, ends):
     at = begins[:, None] + jnp.arange(fan, dtype=jnp.int32)[None, :]
     here = jnp.where(at < ends[:, None], index.at[at].get(mode="clip"), len(rows))
-    return jnp.sum(rows.at[here].get(mode="fill", fill_value=0), 1)
+    return jnp.sum(rows.at[here, :width].get(mode="fill", fill_value=0), 1)
 
   total = add(begins, ends)
   if longest <= fan:
@@ -166,7 +166,8 @@ def _sum_runs(rows, index, begins, ends, longest, fan):
   begin = begins[run] + fan * (piece - first[run] + 1)
   sums = add(begin, jnp.where(piece < last[-1], ends[run], begin))
   leads = (piece == first[run]) & (piece < last[-1])
-  sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // fan, fan)
+  sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // fan, fan,
+                   width)
   return total.at[jnp.where(leads, run, len(total) + piece)].add(
       sums, mode="drop", unique_indices=True)
 

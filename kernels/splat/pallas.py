@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from kernels.splat.bins import Bins, Grid, sum_by_splat
+from kernels.splat.moments import SHAPE, shift
 from kernels.splat.project import ALPHA_MIN
 from kernels.splat.reference import ALPHA_MAX, OPAQUE
 from kernels.splat.tuning import Config
@@ -37,8 +38,7 @@ PIXELS = STRIP[0] * STRIP[1]
 AHEAD = 128  # pairs fetched at once going forward
 BACK = 64  # and backward: as many rows as the matrices of gradients have
 PITCH = PIXELS + 8  # of those rows in shared memory: neighbours lie in different banks
-WRITE = 8  # rows of gradients written at once: a tile's pairs begin at a multiple of it
-SHAPE = 6  # numbers: mean x, y, conic xx, xy, yy, opacity
+WRITE = 32  # rows of gradients written at once: a tile's pairs begin at a multiple of it
 MOST = 64  # channels that registers and shared memory hold
 LOG2_E = math.log2(math.e)
 
@@ -69,19 +69,22 @@ def _forward(shapes, values, bins, attached, tiles, config):
   body = functools.partial(_forward_body, tiles=tiles, m=m)
   shown = BACKENDS[config.backend]().launch(body, t, out, ((AHEAD, pairs.shape[1]),))(
       pairs, starts, jnp.diff(bins.starts))
-  return shown, (shapes, values, bins, pairs, starts, shown)
+  return shown, (bins, pairs, starts, shown)
 
 
 def _backward(attached, tiles, config, residuals, d_shown):
-  shapes, values, bins, pairs, starts, shown = residuals
-  t, m, width = len(starts), values.shape[1], pairs.shape[1]
+  bins, pairs, starts, shown = residuals
+  t, m, width = len(starts), len(attached), pairs.shape[1]
+  # All that each pixel shows, weighed by the cotangent.
+  seen = [*(i for i in range(m) if attached[i]), m]
+  behind = sum(d_shown[:, i] * shown[:, i] for i in seen)
   body = functools.partial(_backward_body, tiles=tiles, attached=attached)
-  scratch = ((BACK, width), (BACK, width), (BACK, PITCH), (BACK, PITCH),
+  scratch = ((BACK, width), (BACK, width + -width % 8), (BACK, PITCH), (BACK, PITCH),
              (tiles.height // STRIP[1] * (m + 1), PIXELS))
   rows = BACKENDS[config.backend]().launch(body, t, None, scratch)(
-      pairs, starts, jnp.diff(bins.starts), shown, d_shown)
+      pairs, starts, jnp.diff(bins.starts), behind, d_shown)
   sums = sum_by_splat(rows, SHAPE + m, _places(bins, starts), bins, tiles)
-  return _d_shape(shapes, sums), sums[:, SHAPE:], None
+  return sums[:, :SHAPE], sums[:, SHAPE:], None
 
 
 composite.defvjp(_forward, _backward)
@@ -95,8 +98,8 @@ def _pack(shapes, values, bins):
   u, v, a, b, c, opacity = (shapes[:, i] for i in range(SHAPE))
   # The kernels take powers of two.
   table = jnp.stack([u, v, -0.5 * LOG2_E * a, -LOG2_E * b, -0.5 * LOG2_E * c, opacity], 1)
-  # Rows of whole eights suit the layout of the gradients that will take their places.
-  rest = jnp.zeros((len(values), -(SHAPE + values.shape[1]) % 8))
+  # `WRITE` rows of whole fours are as many numbers for each thread.
+  rest = jnp.zeros((len(values), -(SHAPE + values.shape[1]) % 4))
   # Made once a splat, not once a pair.
   table = lax.optimization_barrier(jnp.concatenate([table, values, rest], 1))
   counts = jnp.diff(bins.starts)
@@ -113,15 +116,6 @@ def _places(bins, starts):
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)
   shift = jnp.append(starts - bins.starts[:-1], 2**30)  # beyond all rows
   return place + shift[bins.tiles]
-
-
-def _d_shape(shapes, sums):
-  """Cotangents [r 6] of the shapes from moments (1, x, y, xx, xy, yy) of the power's."""
-  _, _, a, b, c, opacity = (shapes[:, i] for i in range(SHAPE))
-  one, x, y, xx, xy, yy = (sums[:, i] for i in range(SHAPE))
-  return jnp.stack([a * x + b * y, b * x + c * y, -0.5 * xx, -xy, -0.5 * yy,
-                    # No pair has opacity 0: the support of such a splat is empty.
-                    one / jnp.where(opacity > 0, opacity, 1)], 1)
 
 
 def _forward_body(on, tile, pairs, starts, counts, shown_out, chunk, *, tiles, m):
@@ -149,20 +143,19 @@ def _blend(chunk, at, x, y, light, shown):
                  shown[-1] + share)
 
 
-def _backward_body(on, tile, pairs, starts, counts, shown, d_shown, rows_out,
+def _backward_body(on, tile, pairs, starts, counts, behind, d_shown, rows_out,
                    chunk, written, slopes, shares, g_pixels, *, tiles, attached):
   begin, end = starts[tile], starts[tile] + counts[tile]
-  m = len(attached)
+  m, width = len(attached), rows_out.shape[1]
   seen = [i for i in range(m) if attached[i]]
   strips = range(tiles.height // STRIP[1])
   start = []
   for strip in strips:
     here = pl.ds(strip * PIXELS, PIXELS)
-    g = [d_shown[tile, i, here] for i in range(m + 1)]
     for i in range(m + 1):
-      g_pixels[strip * (m + 1) + i] = g[i]
-    behind = sum((g[i] * shown[tile, i, here] for i in seen), g[m] * shown[tile, m, here])
-    start.append((1 + 0 * behind, behind))
+      g_pixels[strip * (m + 1) + i] = d_shown[tile, i, here]
+    all_of_it = behind[tile, here]
+    start.append((1 + 0 * all_of_it, all_of_it))
 
   def gather(strip, at, carry):
     """Moments of a chunk's splats over a strip, as columns about each splat's mean."""
@@ -190,10 +183,7 @@ def _backward_body(on, tile, pairs, starts, counts, shown, d_shown, rows_out,
     # Those were about the strip's middle.
     px, py = (middle - on.load(chunk.at[:, i], on.rows)
               for i, middle in enumerate(_middle(tile, strip, tiles)))
-    one, mx, my, mxx, mxy, myy = moments[:SHAPE]
-    moments[:SHAPE] = (
-        one, px * one + mx, py * one + my, px * px * one + 2 * px * mx + mxx,
-        px * py * one + px * my + py * mx + mxy, py * py * one + 2 * py * my + myy)
+    moments[:SHAPE] = shift(moments[:SHAPE], px, py)
     return carry, moments
 
   def run(at, carry):
@@ -210,7 +200,7 @@ def _backward_body(on, tile, pairs, starts, counts, shown, d_shown, rows_out,
 
     def write(i, _):
       rows_out[pl.ds(at + i * WRITE, WRITE)] = on.load(
-          written.at[pl.ds(i * WRITE, WRITE)], on.lines(written.shape[1]))
+          written.at[pl.ds(i * WRITE, WRITE), pl.ds(0, width)], on.lines(width))
       return _
 
     lax.fori_loop(0, -(-jnp.minimum(BACK, end - at) // WRITE), write, 0)
@@ -219,7 +209,7 @@ def _backward_body(on, tile, pairs, starts, counts, shown, d_shown, rows_out,
   reached, _ = _walk(on, begin, end, pairs, chunk, BACK, run, start)
 
   def clear(at):
-    rows_out[pl.ds(at, WRITE)] = on.zeros(written.shape[1])
+    rows_out[pl.ds(at, WRITE)] = on.zeros(width)
     return at + WRITE
 
   lax.while_loop(lambda at: at < end, clear, reached)
@@ -331,7 +321,7 @@ class _Mosaic:
     self.pixels = mosaic_gpu.Layout.WG_STRIDED((PIXELS,), vec_size=1)
 
   def lines(self, width):
-    return self._gpu.Layout.WG_STRIDED((WRITE, width), vec_size=width * WRITE // PIXELS)
+    return self._gpu.Layout.WG_STRIDED((WRITE, width), vec_size=1)
 
   def zeros(self, width):
     return self._gpu.layout_cast(jnp.zeros((WRITE, width), jnp.float32), self.lines(width))

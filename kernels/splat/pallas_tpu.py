@@ -24,12 +24,12 @@ from jaxtyping import Array, Float
 
 from kernels.splat import xla
 from kernels.splat.bins import Bins, Grid, sum_by_splat
+from kernels.splat.moments import SHAPE
 from kernels.splat.project import ALPHA_MIN
 from kernels.splat.reference import ALPHA_MAX, OPAQUE
 from kernels.splat.tuning import Config
 
 LANES, SUBLANES = 128, 8  # of a vector register
-SHAPE = 6  # numbers: mean x, y, conic xx, xy, yy, opacity
 
 # Which block of an array [_ _ _] each step of the grid sees.
 BY_CHUNK = lambda i, tile: (i, 0, 0)
@@ -87,8 +87,8 @@ def _backward(attached, tiles, config, residuals, d_shown):
   # Means are about the tile's middle already.
   x0, y0 = (jnp.full(len(pairs), -side / 2) for side in (tiles.width, tiles.height))
   place = slice(m, m + SHAPE)
-  d_shape = xla.d_shape(pairs[..., place], d_pairs[..., place], x0, y0, tiles)
-  rows = jnp.concatenate([d_shape, d_pairs[..., :values.shape[1]]], -1)
+  moments = xla.about_means(pairs[..., place], d_pairs[..., place], x0, y0, tiles)
+  rows = jnp.concatenate([moments, d_pairs[..., :values.shape[1]]], -1)
   index = (chunks.starts * config.block - bins.starts)[bins.tiles] + jnp.arange(
       len(bins.splats), dtype=jnp.int32)
   sums = sum_by_splat(rows.reshape(-1, rows.shape[-1]), rows.shape[-1], index, bins, tiles)

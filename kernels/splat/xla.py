@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels.splat.bins import Bins, Grid, owner, scan_runs, sum_by_splat, zero
+from kernels.splat.moments import SHAPE, shift
 from kernels.splat.project import ALPHA_MIN
 from kernels.splat.reference import ALPHA_MAX, OPAQUE
 from kernels.splat.tuning import Config
@@ -52,7 +53,7 @@ def composite(
   """`reference.composite` tile by tile; the last channel is alpha.
 
   Args:
-    shapes: mean x, y, conic xx, xy, yy, opacity of each splat.
+    shapes: mean x, y, conic xx, xy, yy, opacity of each splat; their cotangents are moments.
     values: what the splats show.
     bins: the pairs.
     attached: which of the values give gradient to the shapes.
@@ -151,16 +152,16 @@ def _backward(attached, tiles, config, residuals, d_total):
     _, d_power = lax.fori_loop(0, config.block, unblend, (behind_here, start))
     d_value = jnp.einsum("gks,gms->gkm", share, d_here, precision="highest")
     sums = jnp.einsum("gks,sq->gkq", d_power, basis, precision="highest")
-    rows = jnp.concatenate([d_shape(shape, sums, x0, y0, tiles), d_value], -1)
+    rows = jnp.concatenate([about_means(shape, sums, x0, y0, tiles), d_value], -1)
     return i + 1, lax.dynamic_update_slice(d_rows, rows, (i * config.group, 0, 0))
 
-  d_rows = jnp.zeros((len(blocks.tile), config.block, 6 + m), values.dtype) + nought
+  d_rows = jnp.zeros((len(blocks.tile), config.block, SHAPE + m), values.dtype) + nought
   _, d_rows = lax.while_loop(lambda state: state[0] < groups, step, (jnp.int32(0), d_rows))
   # From slots of blocks to pairs.
   place = jnp.arange(len(bins.splats), dtype=jnp.int32)
   index = (blocks.starts * config.block - bins.starts)[bins.tiles] + place
-  sums = sum_by_splat(d_rows.reshape(-1, 6 + m), 6 + m, index, bins, tiles)
-  return sums[:, :6], sums[:, 6:-1], None
+  sums = sum_by_splat(d_rows.reshape(-1, SHAPE + m), SHAPE + m, index, bins, tiles)
+  return sums[:, :SHAPE], sums[:, SHAPE:-1], None
 
 
 composite.defvjp(_forward, _backward)
@@ -201,7 +202,7 @@ def fetch(padded, bins, here, block):
 
 def _alpha(shape, x0, y0, tiles):
   """Alpha [g k s] of the blocks' splats at the pixels of their tiles."""
-  u, v, a, b, c, opacity = (shape[:, :, i, None] for i in range(6))
+  u, v, a, b, c, opacity = (shape[:, :, i, None] for i in range(SHAPE))
   column, row = (z[None, None, :] for z in _offsets(tiles, shape.dtype))
   dx, dy = column + x0[:, None, None] - u, row + y0[:, None, None] - v
   power = -0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy
@@ -246,21 +247,11 @@ def _sum_by_tile(shown, blocks):
   return lax.platform_dependent(shown, cpu=scatter, default=gather)
 
 
-def d_shape(shape, sums, x0, y0, tiles):
-  """Cotangents [g k 6] of the shapes from moments of the power's cotangent.
-
-  The moments [g k 6] (1, x, y, xx, xy, yy) are about the tile's centre.
-  """
-  u, v, a, b, c, opacity = (shape[..., i] for i in range(6))
-  one, x, y, xx, xy, yy = (sums[..., i] for i in range(6))
-  px, py = x0[:, None] + tiles.width / 2 - u, y0[:, None] + tiles.height / 2 - v
-  dx, dy = px * one + x, py * one + y
-  dxx = px * px * one + 2 * px * x + xx
-  dxy = px * py * one + px * y + py * x + xy
-  dyy = py * py * one + 2 * py * y + yy
-  d_opacity = one / jnp.where(opacity > 0, opacity, 1)
-  return jnp.stack([a * dx + b * dy, b * dx + c * dy, -0.5 * dxx, -dxy, -0.5 * dyy, d_opacity],
-                   -1)
+def about_means(shape, sums, x0, y0, tiles):
+  """Moments [g k 6] about the splats' means, from those about the tile's centre."""
+  px, py = x0[:, None] + tiles.width / 2, y0[:, None] + tiles.height / 2
+  sums = tuple(sums[..., i] for i in range(SHAPE))
+  return jnp.stack(shift(sums, px - shape[..., 0], py - shape[..., 1]), -1)
 
 
 def moments(tiles, dtype):

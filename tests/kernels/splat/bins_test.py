@@ -110,11 +110,11 @@ def test_sums_by_splat_are_sums(capacity):
 def test_the_longest_runs_are_summed(fan):
   lengths = np.array([0, 1, 16, 17, 0, 300, 1500, 33, 0])
   ends = jnp.asarray(lengths.cumsum(), jnp.int32)
-  rows = jax.random.normal(jax.random.key(0), (int(ends[-1]), 2))
+  rows = jax.random.normal(jax.random.key(0), (int(ends[-1]), 3))
   index = jax.random.permutation(jax.random.key(1), len(rows))
-  got = bins._sum_runs(rows, index, ends - lengths, ends, 1500, fan)
+  got = bins._sum_runs(rows, index, ends - lengths, ends, 1500, fan, 2)
   expected = np.zeros((len(lengths), 2))
-  np.add.at(expected, np.repeat(np.arange(len(lengths)), lengths), np.asarray(rows[index]))
+  np.add.at(expected, np.repeat(np.arange(len(lengths)), lengths), np.asarray(rows[index, :2]))
   np.testing.assert_allclose(got, expected, atol=1e-3)
 
 

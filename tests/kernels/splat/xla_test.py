@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.splat import bins, reference, xla
+from kernels.splat import bins, moments, reference, xla
 from kernels.splat.project import Projected
 from kernels.splat.tuning import Config
 
@@ -38,8 +38,8 @@ def test_blocks_and_groups_do_not_show(config):
   def tiled(xy, conic, opacity, values):
     splats = seen._replace(xy=xy, conic=conic, opacity=opacity)
     pairs = bins.build(jax.tree.map(lambda x: x[None], splats), tiles, 4000)
-    shown = xla.composite(jnp.concatenate([xy, conic, opacity[:, None]], 1), values, pairs,
-                          ATTACHED, tiles, config)
+    shown = xla.composite(moments.shapes(xy, conic, opacity), values, pairs, ATTACHED, tiles,
+                          config)
     width, height = config.tile
     shown = shown.reshape(tiles.rows, tiles.columns, 3, height, width).transpose(2, 0, 3, 1, 4)
     shown = shown.reshape(3, tiles.rows * height, -1)[:, :12, :20]
