@@ -32,6 +32,7 @@ from uajax.preprocess import track, workers
 SAMPLES = 60  # frames that the anchors are learnt from
 FACE_PX = 200  # height of a face whose patches are read pixel by pixel
 SIDE = 13  # of a patch, pixels of such a face
+LEAST_PX = 0.6  # pixels of the picture that such a pixel takes, however small the face
 CELL = 12  # each square of so many pixels may hold one anchor,
 MOST = 260  # the best textured ones
 FEWEST = 12  # anchors without which poses stay what they were
@@ -106,7 +107,7 @@ def learn(
     None where the head has too little texture.
   """
   height = np.ptp(found.shape[:468, 1])
-  unit = found.focal_px * height / np.median(viewmats[:, 2, 3]) / FACE_PX
+  unit = max(found.focal_px * height / np.median(viewmats[:, 2, 3]) / FACE_PX, LEAST_PX)
   points, tangents = _choose(pictures[0], viewmats[0], found, still, unit)
   if len(points) < FEWEST:
     return None
