@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels import trial
 from kernels.splat import bins as binning
 from kernels.splat import moments, pallas, pallas_tpu, project, reference, tuning, xla
 from kernels.varying import UNCHECKED, varies
@@ -300,11 +301,7 @@ def _trial(platform):
     return binning.build(seen, tiles, 64)
 
   shapes, values = (jax.ShapeDtypeStruct((8, k), jnp.float32) for k in (6, len(attached)))
-  try:
-    jax.jit(draw).lower(shapes, values, jax.eval_shape(lists)).compile()
-  except Exception as error:  # whatever the compiler's trouble is, plain XLA draws the same
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-  return None
+  return trial.problem(draw, shapes, values, jax.eval_shape(lists))
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "width", "height", "sh_degree", "extent"))
