@@ -288,20 +288,19 @@ def _trial(platform):
   tiles = binning.Grid(*config.tile, 2, 2)
   composite = KERNELS[config.backend].composite
 
-  def draw(shapes, values, pairs):
+  def draw(shapes, values):
+    z, still = jnp.zeros((1, 8)), jnp.zeros((1, 8), jnp.int32)
+    seen = project.Projected(jnp.zeros((1, 8, 2)), z, jnp.zeros((1, 8, 3)), z,
+                             jnp.zeros((1, 8, 4), jnp.int32), still)
+    pairs = binning.build(seen, tiles, 64)
     shown, vjp = jax.vjp(lambda s, v: composite(s, v, pairs, attached, tiles, config),
                          shapes, values)
     return vjp(shown)
 
-  def lists():
-    z = jnp.zeros((1, 8))
-    still = jnp.zeros((1, 8), jnp.int32)
-    seen = project.Projected(jnp.zeros((1, 8, 2)), z, jnp.zeros((1, 8, 3)), z,
-                             jnp.zeros((1, 8, 4), jnp.int32), still)
-    return binning.build(seen, tiles, 64)
-
-  shapes, values = (jax.ShapeDtypeStruct((8, k), jnp.float32) for k in (6, len(attached)))
-  return trial.problem(draw, shapes, values, jax.eval_shape(lists))
+  # Shapes by hand: where this comes up within `shard_map`, what `eval_shape` returned would lie
+  # on a mesh without devices, for which nothing compiles.
+  return trial.problem(draw, *(jax.ShapeDtypeStruct((8, k), jnp.float32)
+                               for k in (moments.SHAPE, len(attached))))
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "width", "height", "sh_degree", "extent"))

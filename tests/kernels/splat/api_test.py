@@ -389,3 +389,19 @@ def test_falls_back_to_plain_xla_with_one_warning(monkeypatch):
   assert implementation == "xla" and "Pallas kernels do not compile here: " in reason
   chex.assert_trees_all_close(first, second)
   chex.assert_trees_all_close(second, rasterize(**tiny(implementation="xla")))
+
+
+def test_what_compiles_is_the_same_within_shard_map(monkeypatch):
+  # As on a card: several devices that train ask from within.
+  monkeypatch.setitem(tuning.TUNED, ("cpu", "pallas"), tuning.pick("gpu", "pallas"))
+  mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+  told = [api._trial("cpu")]
+
+  def body(x):
+    told.append(api._trial("cpu"))
+    return x
+
+  spec = jax.sharding.PartitionSpec("batch")
+  jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(
+      jnp.zeros(4))
+  assert told[0] and told[1] == told[0]
