@@ -58,8 +58,8 @@ def init_motion(key: PRNGKeyArray, config: config_.Motion) -> tuple[dict, dict]:
 class Known(NamedTuple):
   """What is known of both layers' splats whatever the frame; see `know`."""
 
-  face: Places
-  mouth: Places
+  face: Places | None = None
+  mouth: Places | None = None
 
 
 @jax.jit

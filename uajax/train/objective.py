@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uajax import losses
-from uajax.avatar import Avatar, face_motion, mouth_motion
+from uajax.avatar import Avatar, Known, face_motion, mouth_motion
 from uajax.config import Stage
 from uajax.lpips import lpips
 from uajax.render import render_layer
@@ -52,22 +52,25 @@ class Moment(NamedTuple):
   backdrop: Float[Array, " 3"]
 
 
-def objective(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, probe):
+def objective(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, probe,
+              known: Known | None = None):
   """The loss of one frame, and its Parts.
 
   Args:
     frame: one Frame, uint8 image and background.
     probe: [n, 2] zeros added to the projected means (px) of the layer in training; its gradient
       drives densification.
+    known: what `avatar.know` says, where frames that are apart share it.
   """
   image = frame.image.astype(jnp.float32) / 255
   if setting.phase != "sample":
     moment = moment._replace(members=None)
   judge = {"mouth": _mouth, "face": _face, "fuse": _fuse}[setting.stage.name]
-  return judge(setting, moment, avatar, frame, image, probe)
+  return judge(setting, moment, avatar, frame, image, probe, known or Known())
 
 
-def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
+def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe,
+          known: Known):
   stage, phase, perceptual, capacity = setting
   step, members, sh_degree, backdrop = moment
   w = stage.weights
@@ -80,7 +83,8 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   target = jnp.where(head[..., None], image, blank)
 
   face = avatar.face
-  motion = None if phase == "static" else face_motion(avatar, frame.controls, members)
+  motion = None if phase == "static" else face_motion(
+    avatar, frame.controls, members, known.face)
   out = render_layer(
     face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
     background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity,
@@ -119,7 +123,8 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   return loss, _parts(l1, picture, target, out)
 
 
-def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
+def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe,
+           known: Known):
   stage, phase, perceptual, capacity = setting
   _, members, sh_degree, backdrop = moment
   w = stage.weights
@@ -129,7 +134,8 @@ def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image
   target = jnp.where(mouth[..., None], image, blank)
 
   layer = avatar.mouth
-  motion = None if phase == "static" else mouth_motion(avatar, frame.controls, members)
+  motion = None if phase == "static" else mouth_motion(
+    avatar, frame.controls, members, known.mouth)
   out = render_layer(
     layer.splats, layer.alive, motion, frame.camera, *image.shape[1::-1],
     background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity)
@@ -145,7 +151,8 @@ def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image
   return loss, _parts(l1, picture, target, out)
 
 
-def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe):
+def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe,
+          known: Known):
   del probe  # no splat is born in this stage
   stage, _, perceptual, capacity = setting
   _, members, sh_degree, _ = moment
@@ -153,8 +160,9 @@ def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   background = frame.background.astype(jnp.float32) / 255
   black = jnp.zeros(3)
   layers = []
-  for layer, motion in ((avatar.face, face_motion(avatar, frame.controls, members)),
-                        (avatar.mouth, mouth_motion(avatar, frame.controls, members))):
+  for layer, motion in (
+      (avatar.face, face_motion(avatar, frame.controls, members, known.face)),
+      (avatar.mouth, mouth_motion(avatar, frame.controls, members, known.mouth))):
     # Geometry rests in this stage: nothing of the motion networks needs a gradient.
     layers.append(render_layer(
       layer.splats, layer.alive, jax.lax.stop_gradient(motion), frame.camera,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from uajax.avatar import Avatar
+from uajax.avatar import Avatar, know
 from uajax.config import Experiment, Stage
 from uajax.errors import UserError
 from uajax.train import densify, optimizer, sampling
@@ -159,7 +159,8 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
 
     def loss_of(params, probes):
       joined = optimizer.join(avatar, params)
-      one = lambda frame, probe: objective(setting, moment, joined, frame, probe)
+      known = None if mesh is None else _mean_going_back(know(joined))
+      one = lambda frame, probe: objective(setting, moment, joined, frame, probe, known)
       if len(index) == 1:
         losses, parts = jax.tree.map(
           lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], frames), probes[0]))
@@ -170,7 +171,9 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
     (loss, parts), (grads, d_probes) = jax.value_and_grad(
       loss_of, argnums=(0, 1), has_aux=True)(params, probes)
     if mesh is not None:
-      loss, grads = jax.lax.pmean((loss, grads), FRAMES)
+      loss = jax.lax.pmean(loss, FRAMES)
+      grads = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _is_plane(path) else jax.lax.pmean(leaf, FRAMES), grads)
     # Of one frame alone: thresholds are for that, not for a share of a mean.
     return loss, parts, grads, d_probes * len(index)
 
@@ -204,6 +207,25 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
             "overflow": parts.overflow.max().astype(jnp.float32),
             "skipped": (~sound).astype(jnp.float32)}
   return state, report
+
+
+@jax.custom_vjp
+def _mean_going_back(known):
+  """The same, whose cotangents are the mean over the devices that share a batch.
+
+  All frames look up the same places, so the mean may be taken before it is scattered into the
+  tri-planes, which hold several times as much.
+  """
+  return known
+
+
+_mean_going_back.defvjp(
+  lambda known: (known, None), lambda _, d_known: (jax.lax.pmean(d_known, FRAMES),))
+
+
+def _is_plane(path) -> bool:
+  """Whether a parameter is of tri-planes: only what is known of places depends on those."""
+  return any(getattr(key, "key", None) == "planes" for key in path)
 
 
 @functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity", "mesh"),
