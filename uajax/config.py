@@ -35,6 +35,7 @@ class Motion:
   features: int = 64  # of the fused code that the heads read
   ddof: int = 1  # of the members' spread: 1 as the official code, 0 the law of total variance
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
+  ajar: float = 0.1  # share of the gradient that reaches an eyes' gate that is shut (official 0)
   still_heads: bool = True  # heads start at zero motion (official: rotation and scale jump, Q11)
 
 

@@ -29,13 +29,13 @@ import orbax.checkpoint as ocp
 
 from uajax import saving
 from uajax.avatar import Avatar, Layer
-from uajax.config import Audio, Experiment, Model, Weights
+from uajax.config import Audio, Experiment, Model, Motion, Weights
 from uajax.errors import UserError
 from uajax.types import Splats
 
 VERSION = 1
 # Settings that came later, as runs without them were trained.
-_BEFORE: dict[type, dict] = {Weights: {"eyes": 0.0}}
+_BEFORE: dict[type, dict] = {Weights: {"eyes": 0.0}, Motion: {"ajar": 0.0}}
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read
 _UNNAMED = "orbax-checkpoint-tmp*"  # how Orbax calls a checkpoint that it still writes

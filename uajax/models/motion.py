@@ -26,7 +26,6 @@ from uajax.models.planes import Planes
 FACE_MODALITIES = ("audio", "content", "style", "emotion")  # the order of `members`
 MOUTH_MODALITIES = FACE_MODALITIES[:3]
 _UNIT = 1e-2  # metres, of the heads' displacements
-_AJAR = 0.1  # share of the gradient that reaches a shut gate
 
 
 class Places(NamedTuple):
@@ -102,8 +101,8 @@ class FaceMotion(nn.Module):
   def places(self, points: Float[Array, "n 3"]) -> Places:
     """All that depends on the positions alone: at inference it is computed once."""
     where = jnp.concatenate(self.planes(points), -1)
-    return Places(where, self.audio_channels(where), _ajar(self.eye_attention(where)),
-                  self.emotion.features(points))
+    eyes = _ajar(self.eye_attention(where), self.config.ajar)
+    return Places(where, self.audio_channels(where), eyes, self.emotion.features(points))
 
   def move(
     self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None
@@ -194,13 +193,13 @@ def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[
   return network.audio_attention(network.audio(controls.audio))
 
 
-def _ajar(x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+def _ajar(x: Float[Array, "*n c"], share: float) -> Float[Array, "*n c"]:
   """ReLU, whose gradient below zero is small, not zero: what is shut can open again.
 
   With the ReLU's own (official) the attention's penalties shut one splat after the other for good,
   until next to none is left that an action unit could move.
   """
-  leaky = nn.leaky_relu(x, _AJAR)
+  leaky = nn.leaky_relu(x, share)
   return leaky + jax.lax.stop_gradient(nn.relu(x) - leaky)
 
 

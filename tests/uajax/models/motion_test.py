@@ -169,6 +169,6 @@ def test_every_splat_heeds_every_action_unit_before_training(points):
 def test_a_gate_that_shut_lets_nothing_through_and_opens_again():
   """With a ReLU's gradient next to no splat heeds an action unit after 3000 steps of the demo."""
   shut = jnp.asarray([-0.5, 0.5])
-  np.testing.assert_array_equal(motion._ajar(shut), [0.0, 0.5])
-  pull = jax.grad(lambda x: motion._ajar(x).sum())(shut)
+  np.testing.assert_array_equal(motion._ajar(shut, 0.1), [0.0, 0.5])
+  pull = jax.grad(lambda x: motion._ajar(x, 0.1).sum())(shut)
   assert 0 < pull[0] < pull[1] == 1
