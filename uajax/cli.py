@@ -299,6 +299,7 @@ class Evaluate:
   pred: Path | None = None  # instead of RUN: a film ...
   truth: Path | None = None  # ... and what it should look like
   subject: Path | None = None  # where the subject folder lies now, if it was moved
+  pictures_only: bool = False  # leave out what reads faces: LMD, action units, E-FID, trembling
 
   def run(self) -> int:
     films = (self.pred, self.truth)
@@ -307,10 +308,14 @@ class Evaluate:
     from uajax import evaluate
 
     if self.run_path is not None:
-      report = evaluate.evaluate(self.run_path, self.split, self.out, subject=self.subject)
+      report = evaluate.evaluate(
+        self.run_path, self.split, self.out, subject=self.subject, pictures_only=self.pictures_only
+      )
     else:
       assert self.pred is not None and self.truth is not None
-      report = evaluate.compare(self.pred, self.truth, self.out)
+      report = evaluate.compare(
+        self.pred, self.truth, self.out, pictures_only=self.pictures_only
+      )
     print(evaluate.summarize(report))
     return 0
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from uajax import losses
 
-_MOUTH = slice(48, 68)  # of the 68 landmarks
+FACE, MOUTH = slice(0, 68), slice(48, 68)  # of the 68 landmarks
 
 
 def psnr(
@@ -46,9 +46,11 @@ def ssim(a: Float[Array, "h w c"], b: Float[Array, "h w c"]) -> Float[Array, ""]
   return jnp.mean(whole[5:-5, 5:-5] if min(whole.shape[:2]) > 10 else whole)
 
 
-def lmd(a: Float[Array, "*f 68 2"], b: Float[Array, "*f 68 2"]) -> Float[Array, "*f"]:
-  """Mouth landmark distance in pixels: the mean over points 48..67 after each set is centred."""
-  a, b = a[..., _MOUTH, :], b[..., _MOUTH, :]
+def lmd(
+  a: Float[Array, "*f 68 2"], b: Float[Array, "*f 68 2"], part: slice = MOUTH
+) -> Float[Array, "*f"]:
+  """Landmark distance in pixels: the mean over the points of a part after each set is centred."""
+  a, b = a[..., part, :], b[..., part, :]
   a, b = (points - jnp.mean(points, axis=-2, keepdims=True) for points in (a, b))
   return jnp.mean(jnp.linalg.norm(a - b, axis=-1), axis=-1)
 

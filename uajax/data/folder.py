@@ -120,7 +120,7 @@ class Source(Sequence):
       brow=(rows["AU01"] - rows["AU04"])[self.ids].astype(np.float32),
     )
     self.guide = types.Guide(**guide)
-    self._lips = [_lips(p, self.height, self.width) for p in points]
+    self._lips = [lip_square(p, self.height, self.width) for p in points]
     self._eyes = [_eyes(p, self.height, self.width) for p in points]
     self._cameras = [_camera(c2w, focal_px, self.width, self.height) for c2w in poses]
     self._units = np.stack([rows[u][self.ids] for u in types.ACTION_UNITS], -1).astype(np.float32)
@@ -787,7 +787,7 @@ def _landmarks(file: pathlib.Path) -> np.ndarray:
   return _finite(points, file)
 
 
-def _lips(points: np.ndarray, height: int, width: int) -> np.ndarray:
+def lip_square(points: np.ndarray, height: int, width: int) -> np.ndarray:
   """The square about the outer lips, inside the picture and never empty (Q18)."""
   sides = []
   low, high = points[48:60].min(0).astype(int), points[48:60].max(0).astype(int)

@@ -6,9 +6,6 @@ it, and all text from outside is escaped.
 Axes: f frames of the clip, u of these the used ones, p landmarks, h w pixels.
 """
 
-import base64
-import html
-import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
-from uajax import contact, media
+from uajax import contact, media, page
 from uajax.data import folder
 from uajax.preprocess import landmarks, masks, spans
 from uajax.preprocess.action_units import Measures, Offset
@@ -133,7 +130,7 @@ def describe(found: Found) -> dict[str, Any]:
 def write(path: pathlib.Path, document: dict[str, Any], found: Found, sheet: np.ndarray) -> None:
   """Writes the three files into a folder."""
   (path / "report.json").write_text(json.dumps(document, indent=2) + "\n")
-  (path / "report.html").write_text(page(document, found, sheet))
+  (path / "report.html").write_text(draw_page(document, found, sheet))
   contact.write_png(path / "contact_sheet.png", sheet)
 
 
@@ -431,17 +428,7 @@ def _read(file: pathlib.Path, mode: str) -> np.ndarray:
 
 # The page
 
-_PLOT_PX = (900, 90)
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
-td{padding:.15rem .8rem .15rem 0;vertical-align:top}td:first-child{color:#666}
-li{margin:.3rem 0}img{width:100%}svg{width:100%;height:auto;background:#fafafa;display:block}
-figure{margin:.8rem 0}figcaption{color:#666;font-size:.9rem}
-"""
-
-
-def page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3"]) -> str:
+def draw_page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3"]) -> str:
   """report.html: one file that says what was found, what is weak, and how it will show."""
   video, frames, camera = document["video"], document["frames"], document["camera"]
   face, sound, layers = document["face"], document["sound"], document["layers"]
@@ -469,11 +456,6 @@ def page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3
       else f"; the face ends at {100 * layers['face_ends_at_jaw']:.0f} % of the jaw's landmarks"
     ),
   }  # fmt: skip
-  rows = "".join(
-    f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
-    for name, text in facts.items()
-  )
-  weak = "".join(f"<li>{html.escape(line)}</li>" for line in document["warnings"])
   angles = _angles(found.tracked)
   plots = [
     _plot("opening of the mouth, mm", {"gap": 1e3 * found.measures.gap}, found),
@@ -485,81 +467,43 @@ def page(document: dict[str, Any], found: Found, sheet: UInt8[np.ndarray, "h w 3
     _plot("turn of the head, degrees", {n.removesuffix("_deg"): v for n, v in angles.items()},
           found),
   ]  # fmt: skip
-  picture = io.BytesIO()
-  Image.fromarray(sheet).save(picture, "JPEG", quality=85)
-  encoded = base64.b64encode(picture.getvalue()).decode()
-  return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{html.escape(video["name"])}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(video["name"])}</h1>
-<h2>What is weak, and how it will show</h2>
-<ul>{weak or "<li>nothing was found</li>"}</ul>
-<h2>What was found</h2>
-<table>{rows}</table>
-<h2>Layers</h2>
-<table><tr><td>layer</td><td>of the picture</td><td>frames without</td>
-<td>stays from frame to frame</td></tr>{_layers_table(layers, frames["used"])}</table>
-<h2>Over time</h2>
-<p>Grey: frames left out. Dashed: cuts.</p>
-{"".join(plots)}
-<h2>Contact sheet</h2>
-<p>Green: landmarks. Yellow: the 68 of them that are written. Red: points fixed to the tracked head;
-they should not slide on the face.</p>
-<img alt="contact sheet" src="data:image/jpeg;base64,{encoded}">
-</body></html>
-"""
+  return page.document(video["name"], [
+    page.heading("What is weak, and how it will show"),
+    page.bullets(document["warnings"], "nothing was found"),
+    page.heading("What was found"),
+    page.table(facts.items()),
+    page.heading("Layers"),
+    page.table(_layers(layers, frames["used"])),
+    page.heading("Over time"),
+    page.paragraph("Grey: frames left out. Dashed: cuts."),
+    *plots,
+    page.heading("Contact sheet"),
+    page.paragraph(
+      "Green: landmarks. Yellow: the 68 of them that are written. Red: points fixed to the tracked"
+      " head; they should not slide on the face."
+    ),
+    page.picture(sheet, "contact sheet"),
+  ])
 
 
 def _range(quantiles: Mapping[str, float]) -> str:
   return f"{quantiles['min']:.0f} to {quantiles['max']:.0f}"
 
 
-def _layers_table(layers: Mapping[str, Any], used: int) -> str:
+def _layers(layers: Mapping[str, Any], used: int) -> list[tuple[str, ...]]:
   """Rows of the page's table of layers."""
   def percent(share: float | None, digits: int = 0) -> str:
     return "" if share is None else f"{100 * share:.{digits}f} %"
 
-  return "".join(
-    f"<tr><td>{name}</td><td>{percent(layers['share_of_picture'][name], 1)}</td>"
-    f"<td>{layers['frames_without'][name]} of {used}</td>"
-    f"<td>{percent(layers['steadiness'].get(name), 1)}</td></tr>"
+  heads = ("layer", "of the picture", "frames without", "stays from frame to frame")
+  return [heads] + [
+    (name, percent(layers["share_of_picture"][name], 1),
+     f"{layers['frames_without'][name]} of {used}", percent(layers["steadiness"].get(name), 1))
     for name in NAMES.values()
-  )
+  ]
 
 
 def _plot(title: str, series: Mapping[str, Float[np.ndarray, " f"]], found: Found) -> str:
-  """Lines over the clip's time as an SVG figure; frames left out are grey."""
-  width, height = _PLOT_PX
-  frames = len(found.why)
-  values = np.stack([np.where(found.used, v, np.nan) for v in series.values()])
-  low, high = float(np.nanmin(values)), float(np.nanmax(values))
-  room = max(high - low, 1e-6)
-  parts = [
-    f'<rect x="{width * a / frames:.1f}" width="{width * (b - a) / frames:.1f}" y="0"'
-    f' height="{height}" fill="#ddd"/>'
-    for a, b in spans.runs(~found.used)
-  ]
-  parts += [
-    f'<line x1="{width * b / frames:.1f}" x2="{width * b / frames:.1f}" y1="0" y2="{height}"'
-    ' stroke="#999" stroke-dasharray="3"/>'
-    for b in found.begins[1:]
-  ]
-  for row, colour in zip(values, ("#c33", "#36c", "#393"), strict=False):
-    for begin, end in spans.runs(np.isfinite(row)):
-      every = max((end - begin) // 1500, 1)  # points enough for any screen
-      line = " ".join(
-        f"{width * (f + 0.5) / frames:.1f},{height - 4 - (height - 8) * (row[f] - low) / room:.1f}"
-        for f in range(begin, end, every)
-      )
-      parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
-  names = ", ".join(
-    f'<span style="color:{colour}">{html.escape(name)}</span>'
-    for name, colour in zip(series, ("#c33", "#36c", "#393"), strict=False)
-  )
-  return (
-    f'<figure><svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{"".join(parts)}</svg>'
-    f"<figcaption>{html.escape(title)}: {names}; {low:.1f} to {high:.1f}, over"
-    f" {frames / FPS:.1f} s</figcaption></figure>"
-  )
+  """Lines over the clip's time; frames left out are grey."""
+  shown = {name: np.where(found.used, values, np.nan) for name, values in series.items()}
+  return page.plot(title, shown, grey=spans.runs(~found.used), dashed=found.begins[1:])

@@ -92,9 +92,9 @@ def test_guide_and_lips(subject):
 def test_lips_stay_inside_the_picture_and_are_never_empty():
   points = np.zeros((68, 2))
   points[48:60] = [[38, -3], [46, 1]] * 6
-  assert folder._lips(points, 32, 40).tolist() == [0, 3, 38, 40]
+  assert folder.lip_square(points, 32, 40).tolist() == [0, 3, 38, 40]
   points[48:60] = 900
-  r0, r1, c0, c1 = folder._lips(points, 32, 40)
+  r0, r1, c0, c1 = folder.lip_square(points, 32, 40)
   assert 0 <= r0 < r1 <= 32 and 0 <= c0 < c1 <= 40
 
 

@@ -214,7 +214,7 @@ def test_mouth_opening_is_read_from_pixels():
 
 
 def folder_square(landmarks, size):
-  return folder._lips(landmarks, size, size)
+  return folder.lip_square(landmarks, size, size)
 
 
 def test_the_held_out_sentence_was_never_trained_on():

@@ -36,7 +36,7 @@ def test_measures_are_those_of_the_pictures():
   assert row["psnr_db"] == pytest.approx(-10 * np.log10(0.04 / 16), abs=1e-3)
   assert row["mouth_psnr_db"] == pytest.approx(-10 * np.log10(0.04), abs=1e-3)
   assert row["mouth_ssim"] < row["ssim"] < 1 and "lpips" not in row
-  same = evaluate.measure(truth, truth, None, lambda a, b: abs(a - b).sum())
+  same = evaluate.measure(truth, truth, None, {"lpips": lambda a, b: abs(a - b).sum()})
   assert same == {"psnr_db": 100.0, "ssim": pytest.approx(1, abs=1e-4), "lpips": 0.0}
 
 
@@ -47,7 +47,7 @@ def test_a_run_is_measured_on_its_held_out_frames(run):
   assert 0 < report["psnr_db"] < 40 and -1 <= report["ssim"] < 1
   assert {row["frame"] for row in report["worst"]} == {10, 11}
   assert report["mouth"]["psnr_db"] > 0 and report["mean_uncertainty"] > 0
-  assert report["lpips"] is None and "not computed" in report["lpips_note"]
+  assert report["lpips"] is None and "needs pictures" in report["not_computed"]["lpips"]
   height = Picture.open(run.path / "evaluation_val.png").size[1]
   assert height > 3 * 32  # two frames, and the worst of them once more
   said = evaluate.summarize(report)
