@@ -50,6 +50,8 @@ def test_a_run_is_measured_on_its_held_out_frames(run):
   assert report["lpips"] is None and "needs pictures" in report["not_computed"]["lpips"]
   height = Picture.open(run.path / "evaluation_val.png").size[1]
   assert height > 3 * 32  # two frames, and the worst of them once more
+  assert len(saved["split_sha256"]) == 64 and saved["per_frame"]["frame"] == [10, 11]
+  assert (run.path / "evaluation_val.html").exists()
   said = evaluate.summarize(report)
   assert "2 frames: PSNR" in said and "not computed" in said
 
@@ -89,3 +91,36 @@ def test_films_that_do_not_belong_together_are_refused(tmp_path):
   with pytest.raises(UserError, match="text.mp4"):
     evaluate.compare(a, text)
   assert not list(tmp_path.glob("*.json"))
+
+
+def test_the_mouth_is_cut_out_and_scaled():
+  r, c = np.mgrid[:60, :80].astype(np.float32)
+  picture = np.stack([r, c, r + c], -1) / 160
+  found = np.asarray(evaluate._cut(picture, np.array([10, 34, 20, 52], np.int32)))
+  at = (np.arange(evaluate.MOUTH_PX) + 0.5) / evaluate.MOUTH_PX
+  rows, columns = 10 + 24 * at - 0.5, 20 + 32 * at - 0.5  # of the pixels' centres
+  np.testing.assert_allclose(found[..., 0], np.tile(rows[:, None], 96) / 160, atol=1e-5)
+  np.testing.assert_allclose(found[..., 1], np.tile(columns, (96, 1)) / 160, atol=1e-5)
+
+
+def test_flicker_is_the_change_of_the_error_between_neighbours():
+  judge = evaluate._Judge(4, (16, 16), True)
+  truth = np.full((16, 16, 3), 100, np.uint8)
+  for number, error in ((0, 0), (1, 10), (2, 10), (7, 30)):
+    judge.add(number, truth + np.uint8(error), truth + np.uint8(number), None)
+  # Errors 0, 9, 8; what lies between 2 and 7 is unknown.
+  np.testing.assert_allclose(judge.columns()["flicker"], [np.nan, 9, 1, np.nan])
+  assert judge.report()["flicker"] == 5
+
+
+def test_what_is_known_of_a_made_up_person_is_checked(tmp_path):
+  assert evaluate._Known.of(tmp_path) is None
+  file = tmp_path / "truth" / "truth.npz"
+  file.parent.mkdir()
+  np.savez(file, lip_gap_px=np.zeros(5), au=np.zeros((4, 2)), au_names=["AU01", "AU12"])
+  with pytest.raises(UserError, match="truth.npz.*do not fit"):
+    evaluate._Known.of(tmp_path)
+  for damaged in (b"", file.read_bytes()[:200]):
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="truth.npz is damaged"):
+      evaluate._Known.of(tmp_path)
