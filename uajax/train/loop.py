@@ -25,7 +25,7 @@ from uajax.data import loader
 from uajax.errors import Stopped, UserError
 from uajax.progress import Progress
 from uajax.train import densify, feed, optimizer, seeding, slots
-from uajax.train.ahead import Ahead
+from uajax.train.ahead import Ahead, Call
 from uajax.train.step import (
   State,
   grow_and_prune,
@@ -40,6 +40,7 @@ from uajax.train.step import (
 from uajax.types import Frame
 
 GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
+_draw = jax.jit(render)
 _log = logging.getLogger("uajax")
 
 
@@ -77,11 +78,11 @@ def train(subject, workdir, experiment: Experiment, *, perceptual=None,
     _log.warning("resuming %s at step %d", run.path, at.total)
   if at.stage == len(experiment.stages()):
     return run
-  shown = val[len(val) // 2]
+  shown = Shown(val[len(val) // 2])
   if ahead is None:
     ahead = hosts.count() == 1 and jax.default_backend() != "cpu"
   with (_heeded() as asked, feed.Feed(clip, experiment, mesh_of(experiment), frames) as fed,
-        Ahead(run_steps, active=ahead) as programs):
+        Ahead(active=ahead) as programs):
     while True:
       try:
         with contextlib.ExitStack() as opened:
@@ -177,8 +178,8 @@ def fit_audio(experiment: Experiment, clip: loader.Source) -> Experiment:
 
 
 def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
-                  fed: feed.Feed, programs: Ahead, shown: Frame, perceptual, journal, saver, asked
-                  ) -> None:
+                  fed: feed.Feed, programs: Ahead, shown: "Shown", perceptual, journal, saver,
+                  asked) -> None:
   stages = run.experiment.stages()
   progress = Progress("train", sum(stage.steps for stage in stages), at.total)
   for number in range(at.stage, len(stages)):
@@ -192,7 +193,7 @@ def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
 
 
 def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress,
-                 fed: feed.Feed, programs: Ahead, shown: Frame, perceptual, journal, progress,
+                 fed: feed.Feed, programs: Ahead, shown: "Shown", perceptual, journal, progress,
                  saver, asked):
   experiment = run.experiment
   key = jax.random.fold_in(jax.random.key(experiment.seed), number)
@@ -206,29 +207,28 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   for end, chunk in fed.chunks(stage, key, step, ends):
     jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
     arrays = jnp.asarray(end - step), fed.material, chunk, key
-    program = _program(experiment, stage, step, at.capacity)
-    state, sums = programs(program, *_arrays(stage, step, state, sums, arrays, perceptual))
+    state, sums = programs(_steps(
+      experiment, stage, step, at.capacity, state, sums, arrays, perceptual))
     last, running = running, sums
-    progress.advance(end - step, f"{stage.name} {program['phase']}")
+    progress.advance(end - step, f"{stage.name} {phase_of(stage, step)}")
     step = end
     if end not in ends:
       continue
     count, changed = end - begun, None
     shows = journal and (step % experiment.picture_every == 0 or step == stage.steps)
-    if stage.name != "fuse" and step > stage.densify.start and step % stage.densify.every == 0 and (
-        step < stage.densify.until or (stage.name == "face" and step < stage.steps)):
-      state, changed = grow_and_prune(experiment, stage, state, fed.material, key)
+    if _grows(stage, step):
+      state, changed = programs(_growth(experiment, stage, state, arrays))
       state = slots.make_room(stage, state, changed)
     if stage.name != "fuse" and step in turning_points(stage):
       state = slots.give_up_spare(stage, state)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
       programs.prepare(_upcoming(
-        experiment, number, step, state, sums, arrays, perceptual, at.capacity))
+        experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
       took = time.monotonic() - began
       report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
       if shows:
-        report |= _show(journal, before + step, stage, state.avatar, shown)
+        report |= shown.keep(journal, before + step, stage, state.avatar, programs)
       if journal:
         journal.write(before + step, stage.name, step, report)
       at = _with_capacity(stage, state, at, report["overflow"])
@@ -236,7 +236,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         here = at._replace(stage=number, step=step, total=before + step)
         raise _Diverged(stage, here, int(state.skipped))
     elif shows:
-      _show(journal, before + step, stage, state.avatar, shown)
+      shown.keep(journal, before + step, stage, state.avatar, programs)
     done, stopping = step == stage.steps, hosts.largest(asked[0] if asked else 0)
     here = at._replace(stage=number, step=step, total=before + step)
     training = _training(state)
@@ -260,33 +260,45 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   return state.avatar, at
 
 
-def _program(experiment: Experiment, stage: Stage, step: int, capacity: int | None) -> dict:
-  """Which program trains from a step on: static arguments of `run_steps`."""
-  return dict(experiment=experiment, stage=stage, phase=phase_of(stage, step), capacity=capacity,
-              mesh=mesh_of(experiment))
+def _grows(stage: Stage, step: int) -> bool:
+  """Whether splats are born or die after a step."""
+  return stage.name != "fuse" and step > stage.densify.start and (
+    step % stage.densify.every == 0) and (
+    step < stage.densify.until or (stage.name == "face" and step < stage.steps))
 
 
-def _arrays(stage: Stage, step: int, state, sums, arrays: tuple, perceptual) -> tuple:
-  """The arrays that it is given, in the order of `run_steps`."""
+def _growth(experiment: Experiment, stage: Stage, state: State, arrays: tuple) -> Call:
+  _, material, _, key = arrays
+  return Call(grow_and_prune, dict(experiment=experiment, stage=stage), (state, material, key))
+
+
+def _steps(experiment: Experiment, stage: Stage, step: int, capacity: int | None, state: State,
+           sums, arrays: tuple, perceptual) -> Call:
+  """The program that trains from a step on."""
   count, material, chunk, key = arrays
   weights = perceptual if is_perceptual(stage, step) else None
-  return state, sums, count, material, chunk, weights, key
+  static = dict(experiment=experiment, stage=stage, phase=phase_of(stage, step),
+                capacity=capacity, mesh=mesh_of(experiment))
+  return Call(run_steps, static, (state, sums, count, material, chunk, weights, key))
 
 
 def _upcoming(experiment: Experiment, number: int, step: int, state: State, sums, arrays: tuple,
-              perceptual, capacity: int | None) -> Iterator[tuple[dict, tuple]]:
+              perceptual, capacity: int | None, shown: "Shown") -> Iterator[Call]:
   """The programs that follow, and what they are given if slots stay as they are now wanted."""
   count, material, chunk, key = arrays
   stage = experiment.stages()[number]
   later = [point for point in turning_points(stage) if point > step]
+  yield shown.drawing(state.avatar)
   if stage.name != "fuse":
+    yield _growth(experiment, stage, state, arrays)
     fit = functools.partial(slots.keep, stage, slots.wanted(stage, state))
     state = _shapes(experiment, fit, state)
   while True:
     for point in later:
       if point < stage.steps:
-        yield _program(experiment, stage, point, capacity), _arrays(
-          stage, point, state, sums, (count, material, chunk, key), perceptual)
+        yield _steps(experiment, stage, point, capacity, state, sums,
+                     (count, material, chunk, key), perceptual)
+    yield shown.drawing(state.avatar)
     number += 1
     if number == len(experiment.stages()):
       return
@@ -295,6 +307,8 @@ def _upcoming(experiment: Experiment, number: int, step: int, state: State, sums
     state = _shapes(experiment, functools.partial(_enter, stage), state.avatar)
     if stage.name == "fuse":  # it alone looks at what is behind the head
       chunk = chunk.replace(pictures=chunk.pictures._replace(background=chunk.pictures.image))
+    else:
+      yield _growth(experiment, stage, state, arrays)
 
 
 def _shapes(experiment: Experiment, function, tree):
@@ -381,21 +395,34 @@ def _census(stage: Stage, state: State, changed) -> dict:
   return counts
 
 
-def _show(journal: "Journal", total: int, stage: Stage, avatar: Avatar, frame: Frame) -> dict:
-  """Keeps a picture of a held-out frame, the stage's layer beside the truth.
+class Shown:
+  """A held-out frame that pictures are drawn of while training."""
 
-  Returns:
-    held_out_psnr_db of that frame as both layers and the background now make it, whatever the
-    stage: what runs of the same subject can be compared by while they train.
-  """
-  background = jnp.asarray(frame.background, jnp.float32) / 255
-  image = jax.jit(render)(hosts.local(avatar), jax.tree.map(jnp.asarray, frame.controls),
-                          jax.tree.map(jnp.asarray, frame.camera), background)
-  shown = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}[stage.name]
-  shown = np.asarray(jnp.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
-  journal.picture(total, stage.name, np.concatenate([shown, np.asarray(frame.image)], 1))
-  truth = jnp.asarray(frame.image, jnp.float32) / 255
-  return {"held_out_psnr_db": float(metrics.psnr(jnp.clip(image.composite, 0, 1), truth))}
+  def __init__(self, frame: Frame):
+    self._truth = np.asarray(frame.image)
+    self._scene = (*jax.tree.map(jnp.asarray, (frame.controls, frame.camera)),
+                   jnp.asarray(frame.background, jnp.float32) / 255)
+
+  def drawing(self, avatar: Avatar) -> Call:
+    """The program that draws it; of a spread avatar the first process's copy is drawn."""
+    near = lambda x: (jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+                      if isinstance(x, jax.ShapeDtypeStruct) else hosts.local(x))
+    return Call(_draw, {}, (jax.tree.map(near, avatar), *self._scene))
+
+  def keep(self, journal: "Journal", total: int, stage: Stage, avatar: Avatar, programs: Ahead
+           ) -> dict:
+    """Keeps a picture of it, the stage's layer beside the truth.
+
+    Returns:
+      held_out_psnr_db of the frame as both layers and the background now make it, whatever the
+      stage: what runs of the same subject can be compared by while they train.
+    """
+    image = programs(self.drawing(avatar))
+    layer = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}[stage.name]
+    layer = np.asarray(jnp.clip(layer, 0, 1) * 255 + 0.5).astype(np.uint8)
+    journal.picture(total, stage.name, np.concatenate([layer, self._truth], 1))
+    truth = jnp.asarray(self._truth, jnp.float32) / 255
+    return {"held_out_psnr_db": float(metrics.psnr(jnp.clip(image.composite, 0, 1), truth))}
 
 
 class Journal:

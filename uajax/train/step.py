@@ -170,25 +170,34 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
 
     (loss, parts), (grads, d_probes) = jax.value_and_grad(
       loss_of, argnums=(0, 1), has_aux=True)(params, probes)
-    if mesh is not None:
-      loss = jax.lax.pmean(loss, FRAMES)
-      grads = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if _is_plane(path) else jax.lax.pmean(leaf, FRAMES), grads)
     # Of one frame alone: thresholds are for that, not for a share of a mean.
-    return loss, parts, grads, d_probes * len(index)
+    height, width = pictures.image.shape[1:3]
+    ndc = d_probes * (len(index) * jnp.asarray([0.5 * width, 0.5 * height]))[None, None, :]
+    seen = parts.radii > 0
+    stats = densify.Stats(
+      jnp.where(seen, jnp.linalg.norm(ndc, axis=-1), 0.0).sum(0),
+      seen.astype(jnp.float32).sum(0))
+    report = {"loss": loss, "l1": parts.l1.mean(), "psnr": parts.psnr.mean()}
+    overflow = parts.overflow.max()
+    if mesh is not None:
+      stats, overflow = jax.lax.psum(stats, FRAMES), jax.lax.pmax(overflow, FRAMES)
+      report, grads = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _is_plane(path) else jax.lax.pmean(leaf, FRAMES),
+        (report, grads))
+    return report | {"overflow": overflow.astype(jnp.float32)}, grads, stats
 
   if mesh is not None:
     one, all_ = PartitionSpec(FRAMES), PartitionSpec()
     gradients = jax.shard_map(
       gradients, mesh=mesh, in_specs=(one, one, one, *(all_,) * 5),
-      out_specs=(all_, one, all_, one), check_vma=False)
+      out_specs=(all_, all_, all_), check_vma=False)
   params = optimizer.trainable(state.avatar, stage)
   probes = jnp.zeros((experiment.batch, slots, 2))
-  loss, parts, grads, d_probes = gradients(index, pictures, probes, params, material, perceptual,
-                                           moment, state.avatar)
+  report, grads, found = gradients(index, pictures, probes, params, material, perceptual, moment,
+                                   state.avatar)
 
   norm = _norm(grads)
-  sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+  sound = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
   new_params, opt = optimizer.update(
     stage, experiment.scene_m, params, grads, state.opt, step,
     members if phase == "sample" else None)
@@ -196,17 +205,9 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   avatar = optimizer.join(state.avatar, keep(new_params, params))
   skipped = jnp.where(sound, 0, state.skipped + 1)
 
-  height, width = pictures.image.shape[1:3]
-  ndc = d_probes * jnp.asarray([0.5 * width, 0.5 * height])[None, None, :]
-  seen = (parts.radii > 0) & sound
-  stats = densify.Stats(
-    state.stats.grad + jnp.where(seen, jnp.linalg.norm(ndc, axis=-1), 0.0).sum(0),
-    state.stats.seen + seen.sum(0))
+  stats = jax.tree.map(lambda old, new: old + jnp.where(sound, new, 0), state.stats, found)
   state = State(avatar, keep(opt, state.opt), stats, step + 1, skipped)
-  report = {"loss": loss, "l1": parts.l1.mean(), "psnr": parts.psnr.mean(), "grad_norm": norm,
-            "overflow": parts.overflow.max().astype(jnp.float32),
-            "skipped": (~sound).astype(jnp.float32)}
-  return state, report
+  return state, report | {"grad_norm": norm, "skipped": (~sound).astype(jnp.float32)}
 
 
 @jax.custom_vjp
@@ -249,8 +250,8 @@ def run_steps(state: State, sums: dict, count, material: Material, chunk: Chunk,
 
 
 @functools.partial(jax.jit, static_argnames=("experiment", "stage"))
-def grow_and_prune(experiment: Experiment, stage: Stage, state: State, material: Material,
-                   key) -> tuple[State, densify.Change]:
+def grow_and_prune(state: State, material: Material, key, *, experiment: Experiment, stage: Stage
+                   ) -> tuple[State, densify.Change]:
   """One round of densification and the backdrop rule of the stage."""
   name = stage.name
   layer = getattr(state.avatar, name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uajax.train.ahead import Ahead
+from uajax.train.ahead import Ahead, Call
 
 
 @functools.partial(jax.jit, static_argnames=("power",), donate_argnums=0)
@@ -20,40 +20,55 @@ def shape(*dims):
   return jax.ShapeDtypeStruct(dims, jnp.float32, weak_type=False)
 
 
+def calls(powers, *arrays):
+  return [Call(raised, dict(power=power), arrays) for power in powers]
+
+
 def test_what_was_prepared_is_used_and_what_was_not_works():
-  with Ahead(raised) as programs:
+  with Ahead() as programs:
     shift = {"by": jnp.ones(())}
-    programs.prepare(iter([(dict(power=2), (shape(3), shift)), (dict(power=3), (shape(3), shift))]))
+    programs.prepare(iter(calls((2, 3), shape(3), shift)))
     programs._busy.result()
     before = raised._cache_size()
-    np.testing.assert_array_equal(programs(dict(power=2), jnp.arange(3.0), shift)["sum"], [1, 4, 9])
+    np.testing.assert_array_equal(
+      programs(Call(raised, dict(power=2), (jnp.arange(3.0), shift)))["sum"], [1, 4, 9])
     assert programs.used == 1 and raised._cache_size() == before
     for power, count in ((2, 4), (3, 3)):  # another shape, another static argument
-      out = programs(dict(power=power), jnp.ones(count), shift)["sum"]
+      out = programs(Call(raised, dict(power=power), (jnp.ones(count), shift)))["sum"]
       np.testing.assert_array_equal(out, np.full(count, 2.0**power))
+    assert programs.used == 1
+
+
+def test_functions_are_told_apart():
+  same = jax.jit(lambda x, shift, power: {"sum": x}, static_argnames=("power",))
+  with Ahead() as programs:
+    x, shift = jnp.arange(3.0), {"by": jnp.ones(())}
+    programs.prepare([Call(same, dict(power=2), (x, shift))])
+    for function, expected in (same, [0, 1, 2]), (raised, [1, 4, 9]):
+      answer = programs(Call(function, dict(power=2), (x, shift)))
+      np.testing.assert_array_equal(answer["sum"], expected)
     assert programs.used == 1
 
 
 def test_the_first_unknown_program_is_prepared_and_one_at_a_time(monkeypatch):
   hold = threading.Event()
-  with Ahead(raised) as programs:
+  with Ahead() as programs:
     compile_ = programs._compile
     monkeypatch.setattr(programs, "_compile", lambda *a: hold.wait(10) and compile_(*a))
     shift = {"by": jnp.zeros(())}
-    programs(dict(power=2), jnp.ones(2), shift)
-    upcoming = [(dict(power=power), (shape(2), shift)) for power in (2, 3, 4)]
-    programs.prepare(upcoming)
+    programs(Call(raised, dict(power=2), (jnp.ones(2), shift)))
+    programs.prepare(calls((2, 3, 4), shape(2), shift))
     programs.prepare(iter(()))  # busy: is not even read
     assert len(programs._programs) == 2
     hold.set()
-    two = jnp.full(2, 2, jnp.float32)
-    np.testing.assert_array_equal(programs(dict(power=3), two, shift)["sum"], [8, 8])
+    answer = programs(Call(raised, dict(power=3), (jnp.full(2, 2, jnp.float32), shift)))
+    np.testing.assert_array_equal(answer["sum"], [8, 8])
     assert programs.used == 1
 
 
 def test_a_program_that_does_not_compile_fails_where_it_is_called():
-  with Ahead(raised) as programs:
+  with Ahead() as programs:
     wrong = {"of": jnp.ones(())}
-    programs.prepare([(dict(power=2), (shape(3), wrong))])
+    programs.prepare(calls((2,), shape(3), wrong))
     with pytest.raises(KeyError, match="by"):
-      programs(dict(power=2), jnp.ones(3), wrong)
+      programs(Call(raised, dict(power=2), (jnp.ones(3), wrong)))
