@@ -218,53 +218,71 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Synthesize:
-  """Make the person of a run say a recording, as a film with sound."""
+  """Make the person of a run say recordings, as films with sound."""
 
   run_path: Annotated[Positional[Path], arg(metavar="RUN")]  # a run folder
-  audio: Path  # speech: any sound or video file
-  out: Path  # the .mp4 to write
+  audio: tuple[Path, ...]  # speech: any sound or video files
+  # the .mp4 to write (.mov for background alpha); of several recordings a folder for films that
+  # are called as they are
+  out: Path
   emotion: str | None = None  # a name; a wrong one lists those known. None: as it sounds
   intensity: float = 1.0  # of the named emotion: 0 none, 1 full
   emotion_reference: Path | None = None  # take the emotion of this recording
-  blink: Literal["auto", "none"] = "auto"  # natural blinks, or open eyes
+  # the head moves to and fro over the training clip, or as recut from it, never twice the same
+  poses: Literal["clip", "generated"] = "clip"
+  blinks: bool = True  # as often and as fast as the person's, or open eyes
   # spans as .json or .csv: from, to (seconds), emotion, intensity, AU01 AU04 AU05 AU06 AU07 AU45
   script: Path | None = None
   au: tuple[str, ...] = ()  # action units of the whole film, 0..5 (AU45 0..2): AU01=2 AU04=0
   audio_weights: Path | None = None  # of the audio encoder, if they were moved since `extract`
   audio_windows: Path | None = None  # .npy made elsewhere of this audio, for DeepSpeech runs
   uncertainty: Path | None = None  # a second .mp4: how unsure the motion is, pixel by pixel
-  background: Literal["subject", "black", "white", "green"] = "subject"  # behind the head
+  # behind the head: the clip's torso and background, a colour, or nothing (ProRes 4444 in .mov)
+  background: Literal["image", "black", "white", "green", "alpha"] = "image"
+  orbit: float | None = None  # the camera goes about the head so many degrees to each side
+  camera: Path | None = None  # .json of cameras, such as `export --format ply --audio` writes
   mark: str | None = None  # a line of text to be seen in every picture
   provenance: bool = True  # a signed C2PA manifest that says: synthesised, by what, from which run
   subject: Path | None = None  # where the subject folder lies now, if it was moved
-  seed: int = 0  # of the blinks
+  seed: int = 0  # of blinks and generated poses
 
   def run(self) -> int:
     if self.emotion and self.emotion_reference:
       raise WrongUse("--emotion and --emotion-reference exclude each other: give one of them")
+    if not self.audio:
+      raise WrongUse("--audio names no file: give a recording of speech")
     from uajax import direction, synthesize
 
-    made = synthesize.synthesize(
+    outs = [self.out]
+    if len(self.audio) > 1:
+      if self.out.suffix.lower() in (".mp4", ".mov") or self.out.is_file():
+        raise WrongUse(f"--out {self.out} is one film: of several recordings give a folder")
+      suffix = ".mov" if self.background == "alpha" else ".mp4"
+      outs = [self.out / f"{audio.stem}{suffix}" for audio in self.audio]
+    films = synthesize.synthesize_all(
       self.run_path,
-      self.audio,
-      self.out,
+      list(zip(self.audio, outs, strict=True)),
       emotion=self.emotion,
       intensity=self.intensity,
       emotion_reference=self.emotion_reference,
       audio_weights=self.audio_weights,
       audio_windows=self.audio_windows,
-      blink=self.blink,
+      movement=self.poses,
+      blinks=self.blinks,
       script=self.script,
       action_units=direction.units_of(self.au),
       uncertainty=self.uncertainty,
       subject=self.subject,
       background=self.background,
+      orbit=self.orbit,
+      camera=self.camera,
       mark=self.mark,
       provenance=self.provenance,
       seed=self.seed,
     )
     also = f", uncertainty in {self.uncertainty}" if self.uncertainty else ""
-    print(f"{self.out}: {made.frames} frames, {made.duration_s:.2f} s{also}")
+    for made in films:
+      print(f"{made.path}: {made.frames} frames, {made.duration_s:.2f} s{also}")
     return 0
 
 

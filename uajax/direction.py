@@ -86,17 +86,18 @@ def whole_film(units: Mapping[str, float]) -> Span:
 
 def feel(
   spans: Sequence[Span], emotion: Float[np.ndarray, "f 128"],
-  resolve: Callable[[str, float], Float[np.ndarray, " 128"]],
+  resolve: Callable[[str, float], Float[np.ndarray, " 128"]], begin: int = 0,
 ) -> Float[np.ndarray, "f 128"]:
   """The emotion of every frame, eased from what it was to what spans ask for.
 
   Args:
     resolve: the feature of an emotion by name and intensity (`emotion.control.resolve`).
+    begin: the film's frame at which `emotion` begins.
   """
   emotion = np.array(emotion, np.float32)
   for span in spans:
     if span.emotion is not None:
-      share = weight(span, len(emotion))[:, None]
+      share = weight(span, len(emotion), begin)[:, None]
       emotion += share * (resolve(span.emotion, span.intensity)[None] - emotion)
   return emotion
 
@@ -112,9 +113,9 @@ def act(spans: Sequence[Span], units: Float[np.ndarray, "f 6"]) -> Float[np.ndar
   return units
 
 
-def weight(span: Span, frames: int) -> Float[np.ndarray, " f"]:
-  """How much a span counts in each frame: from 0 to 1 and back, smoothly, inside of it."""
-  time = (np.arange(frames) + 0.5) / FPS
+def weight(span: Span, frames: int, begin: int = 0) -> Float[np.ndarray, " f"]:
+  """How much a span counts from frame `begin` on: 0 to 1 and back, smoothly, inside of it."""
+  time = (begin + np.arange(frames) + 0.5) / FPS
   ease = min(EASE_S, (span.end_s - span.begin_s) / 2)
   inside = np.clip(np.minimum(time - span.begin_s, span.end_s - time) / ease, 0, 1)
   return (inside**2 * (3 - 2 * inside)).astype(np.float32)

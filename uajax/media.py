@@ -9,13 +9,16 @@ Axes: h w pixels, n samples.
 """
 
 import array
+import contextlib
+import itertools
 import logging
 import math
 import os
 import pathlib
+import tempfile
 import wave
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -153,6 +156,34 @@ def read_audio(
   Raises:
     UserError: missing, no sound in it, 0 s long, cut off or not decodable.
   """
+  samples = array.array("f")  # grows in place
+  for chunk in _heard(path, rate):
+    samples.frombytes(chunk.tobytes())
+    if len(samples) >= limit_s * rate:
+      del samples[math.ceil(limit_s * rate) :]
+      break
+  if not samples:
+    raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
+  return np.frombuffer(samples, np.float32)
+
+
+def map_audio(
+  path: str | os.PathLike, rate: int = SAMPLE_RATE_HZ
+) -> Float32[np.ndarray, " n"]:
+  """As `read_audio`, but the samples lie in a temporary file that goes with the array."""
+  with tempfile.TemporaryFile() as file:
+    count = 0
+    for chunk in _heard(path, rate):
+      file.write(chunk.astype("<f4").tobytes())
+      count += len(chunk)
+    if not count:
+      raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
+    file.flush()
+    return np.memmap(file, "<f4", "r", shape=(count,))
+
+
+def _heard(path: str | os.PathLike, rate: int) -> Iterator[Float32[np.ndarray, " n"]]:
+  """The sound of a file, piece by piece; see `read_audio`."""
   with _open(path) as container:
     if not container.streams.audio:
       raise UserError(f"{path} holds no sound: give a file with an audio track")
@@ -160,15 +191,7 @@ def read_audio(
     _require_codec(stream, path)
     film = next(_moving(container), None)
     begin_s = None if film is None else _begin_s(path)
-    samples = array.array("f")  # grows in place
-    for chunk in _placed(container, stream, path, rate, begin_s):
-      samples.frombytes(chunk.tobytes())
-      if len(samples) >= limit_s * rate:
-        del samples[math.ceil(limit_s * rate) :]
-        break
-    if not samples:
-      raise UserError(f"{path} holds 0 s of sound: give a recording of speech")
-    return np.frombuffer(samples, np.float32)
+    yield from _placed(container, stream, path, rate, begin_s)
 
 
 def _begin_s(path) -> float:
@@ -247,6 +270,13 @@ def _placed(
     raise UserError(f"{path} holds sound that cannot be decoded: re-encode the file") from error
 
 
+def check_sound(path: str | os.PathLike) -> None:
+  """Refuses files that hold no sound, by their headers."""
+  with _open(path) as container:
+    if not container.streams.audio:
+      raise UserError(f"{path} holds no sound: give a file with an audio track")
+
+
 def check_speech(samples: Float32[np.ndarray, " n"], path: str | os.PathLike) -> None:
   """Refuses sound in which nothing can be heard.
 
@@ -263,7 +293,7 @@ def check_speech(samples: Float32[np.ndarray, " n"], path: str | os.PathLike) ->
 
 def write_video(
   path: str | os.PathLike,
-  frames: Iterable[UInt8[np.ndarray, "h w 3"]],
+  frames: Iterable[UInt8[np.ndarray, "h w c"]],
   fps: int = FPS,
   audio: Float32[np.ndarray, " n"] | None = None,
   rate: int = SAMPLE_RATE_HZ,
@@ -271,6 +301,8 @@ def write_video(
 ) -> int:
   """Writes an MP4 (H.264 yuv420p, AAC) that any player shows; returns the frame count.
 
+  Frames of four channels, the last their opacity (colours not multiplied by it), make a QuickTime
+  film (ProRes 4444, PCM) for editing programs, whose name should end in .mov.
   The sound is cut or filled with silence to the length of the pictures. Odd sizes are padded
   by repeating the last row or column. `quality` is x264's crf: lower is better, 0..51.
   The file appears when it is whole, or not at all.
@@ -283,40 +315,44 @@ def write_video(
   from av.video.reformatter import ColorRange, Colorspace
 
   count = 0
-  with aside(path) as partial, av.open(
-    str(partial), "w", format="mp4", options={"movflags": "+faststart"}
-  ) as container:
+  with aside(path) as partial, contextlib.ExitStack() as stack:
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+      raise UserError(f"{path} was not written: there are no frames for it")
+    clear = np.ndim(first) == 3 and np.shape(first)[2] == 4
+    container = stack.enter_context(av.open(
+      str(partial), "w", format="mov" if clear else "mp4", options={"movflags": "+faststart"}))
     picture = sound = None
     shape = (0, 0, 0)
-    for frame in frames:
+    for frame in itertools.chain([first], frames):
       frame = np.asarray(frame)
       if picture is None:
-        if frame.ndim != 3 or frame.shape[2] != 3:
-          raise ValueError(f"frames are uint8 [h w 3], not {frame.dtype} {frame.shape}")
+        if frame.ndim != 3 or frame.shape[2] not in (3, 4):
+          raise ValueError(f"frames are uint8 [h w 3] or [h w 4], not {frame.dtype} {frame.shape}")
         shape = frame.shape
-        picture = container.add_stream(
-          "libx264", rate=fps, options={"crf": str(quality), "preset": "fast"}
-        )
+        codec, options = ("prores_ks", {"profile": "4444", "alpha_bits": "8"}) if clear else (
+          "libx264", {"crf": str(quality), "preset": "fast"})
+        picture = container.add_stream(codec, rate=fps, options=options)
         picture.height, picture.width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
-        picture.pix_fmt = "yuv420p"
+        picture.pix_fmt = "yuva444p10le" if clear else "yuv420p"
         coder = picture.codec_context
         coder.colorspace, coder.color_primaries, coder.color_trc = 1, 1, 1  # BT.709
         coder.color_range = ColorRange.MPEG
         if audio is not None:
-          sound = _Sound(container, audio, rate)
+          sound = _Sound(container, audio, rate, "pcm_s16le" if clear else "aac")
       if frame.shape != shape or frame.dtype != np.uint8:
         raise ValueError(f"frame {count} is {frame.dtype} {frame.shape}, the first was {shape}")
       even = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-      image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709
+      image = av.VideoFrame.from_ndarray(even, format="rgba" if clear else "rgb24").reformat(
+        format=picture.pix_fmt, dst_colorspace=Colorspace.ITU709
       )
       image.pts = count
       container.mux(picture.encode(image))
       count += 1
       if sound is not None:
         sound.write_until(count / fps)
-    if picture is None:
-      raise UserError(f"{path} was not written: there are no frames for it")
+    assert picture is not None
     container.mux(picture.encode(None))
     if sound is not None:
       sound.close()
@@ -324,15 +360,19 @@ def write_video(
 
 
 class _Sound:
-  """An AAC track written along with the pictures, so that both lie side by side in the file."""
+  """A track written along with the pictures, so that both lie side by side in the file."""
 
-  def __init__(self, container: "av.container.OutputContainer", samples, rate: int):
+  def __init__(self, container: "av.container.OutputContainer", samples, rate: int, codec: str):
     samples = np.asarray(samples, np.float32)
     if samples.ndim != 1:
       raise ValueError(f"audio is mono [n], not {samples.shape}")
     self._container, self._samples, self._rate, self._at = container, samples, rate, 0
-    self._stream = container.add_stream("aac", rate=rate, layout="mono")
-    self._stream.codec_context.bit_rate = 128_000
+    self._stream: Any = container.add_stream(codec, rate=rate, layout="mono")
+    self._form = "fltp"
+    if codec == "aac":
+      self._stream.codec_context.bit_rate = 128_000
+    else:
+      self._form = "s16"
 
   def write_until(self, time_s: float) -> None:
     import av
@@ -340,7 +380,9 @@ class _Sound:
     end = round(time_s * self._rate)
     chunk = self._samples[self._at : end]
     chunk = np.clip(np.pad(chunk, (0, end - self._at - len(chunk))), -1, 1)
-    frame = av.AudioFrame.from_ndarray(chunk[None, :], format="fltp", layout="mono")
+    if self._form == "s16":
+      chunk = np.round(32767 * chunk).astype(np.int16)
+    frame = av.AudioFrame.from_ndarray(chunk[None, :], format=self._form, layout="mono")
     frame.sample_rate, frame.pts = self._rate, self._at
     self._container.mux(self._stream.encode(frame))
     self._at = end

@@ -67,7 +67,7 @@ def credentials() -> Credentials:
 
 
 def sign(film: str | os.PathLike, synthesis: dict[str, Any], by: Credentials) -> None:
-  """Gives an MP4 its manifest, in place: the file changes as a whole or not at all.
+  """Gives an MP4 or MOV its manifest, in place: the file changes as a whole or not at all.
 
   Args:
     synthesis: JSON values, kept as our assertion.
@@ -91,7 +91,7 @@ def sign(film: str | os.PathLike, synthesis: dict[str, Any], by: Credentials) ->
       by.algorithm.encode(), by.chain, by.key, None))
     with (saving.aside(film) as partial, open(film, "rb") as source,
           open(partial, "w+b") as signed):
-      c2pa.Builder(json.dumps(manifest)).sign(signer, "video/mp4", source, signed)
+      c2pa.Builder(json.dumps(manifest)).sign(signer, _form(film), source, signed)
   except c2pa.C2paError as error:
     raise UserError(f"{film} could not be signed ({_line(error)}): check UAJAX_CERTIFICATE and "
                     "UAJAX_KEY, or give --no-provenance") from None
@@ -110,7 +110,7 @@ def verify(film: str | os.PathLike) -> Verdict:
     raise UserError(f"{film} does not exist: give a film")
   try:
     with open(film, "rb") as file:
-      found = json.loads(c2pa.Reader("video/mp4", file).json())
+      found = json.loads(c2pa.Reader(_form(film), file).json())
   except c2pa.C2paError as error:
     if "ManifestNotFound" in f"{type(error).__name__} {error}":
       raise UserError(f"{film} carries no manifest: nothing is known of where it comes from"
@@ -129,6 +129,10 @@ def verify(film: str | os.PathLike) -> Verdict:
     maker=" ".join(str(makers[0].get(key, "")) for key in ("name", "version")).strip(),
     signer=", ".join(str(signature[k]) for k in ("common_name", "issuer") if signature.get(k)),
     synthesis=ours, faults=tuple(str(f.get("explanation") or f.get("code")) for f in faults))
+
+
+def _form(film: pathlib.Path) -> str:
+  return "video/quicktime" if film.suffix.lower() == ".mov" else "video/mp4"
 
 
 def digest(path: str | os.PathLike) -> str:

@@ -1,11 +1,14 @@
 """A recording becomes a film of the person speaking it, frame by frame, of any length.
 
 What is heard drives mouth and face. Head pose, brows and torso come from the training clip,
-walked back and forth, so that they go on for ever without a jump; blinks are made anew.
-Frames are rendered in chunks of one compiled shape and streamed to the encoder: memory does
-not grow with the film, apart from the speech features themselves (about 5 kB a frame).
+walked back and forth or cut anew (`uajax.poses`), so that they go on for ever without a jump;
+blinks are made as the person makes them (`uajax.blinks`). Sound is read from a file as it is
+needed, heard piece by piece, drawn in chunks of one compiled shape and streamed to the encoder:
+memory does not grow with the film, apart from some hundred bytes a frame (and, where other audio
+encoders than mel hear, their windows).
 
-Axes: f frames, h w pixels, w also audio window steps, d channels.
+Axes: f frames, h w pixels, c channels (3, or 4 with opacity), n training frames, w also audio
+window steps, d channels.
 """
 
 import collections
@@ -16,29 +19,26 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
-from uajax import direction
+from uajax import blinks as blinking
+from uajax import direction, poses
 from uajax import provenance as origin
 from uajax.avatar import Avatar, Known, know, render
 from uajax.errors import UserError
 from uajax.progress import Progress
-from uajax.types import ACTION_UNITS, FPS, Camera, Controls
+from uajax.types import FPS, NEIGHBOURS, SAMPLE_RATE_HZ, Camera, Controls, Speech
 
 CHUNK = 8  # frames a compiled call draws
-EYES = ACTION_UNITS.index("AU45")
-BLINK = (0.5, 0.9, 1.0, 0.9, 0.5)  # of a full blink, a value a frame: 0.2 s (method.md A.1.4)
-GAP_S = (2.0, 5.5)  # between blinks: about 16 a minute, as people do
-TORN = 3  # frames missing between two training frames that the eye takes for a jump
 
-Background = Literal["subject", "black", "white", "green"]
-COLOURS = {"black": (0, 0, 0), "white": (255, 255, 255), "green": (0, 255, 0)}
+Background = Literal["image", "black", "white", "green", "alpha"]
+COLOURS = {"black": (0, 0, 0), "white": (255, 255, 255), "green": (0, 255, 0), "alpha": (0, 0, 0)}
 
 
 class Scene(NamedTuple):
@@ -52,7 +52,7 @@ class Scene(NamedTuple):
 class Drawn(NamedTuple):
   """A frame of the film."""
 
-  image: UInt8[np.ndarray, "h w 3"]
+  image: UInt8[np.ndarray, "h w c"]
   uncertainty: Float[np.ndarray, "h w"]
 
 
@@ -65,120 +65,275 @@ class Film(NamedTuple):
 
 
 def synthesize(
+  run_path: str | os.PathLike, audio: str | os.PathLike, out: str | os.PathLike, **how: Any
+) -> Film:
+  """Writes a film of the run's person saying `audio`; all else as in `synthesize_all`."""
+  return synthesize_all(run_path, [(audio, out)], **how)[0]
+
+
+def synthesize_all(
   run_path: str | os.PathLike,
-  audio: str | os.PathLike,
-  out: str | os.PathLike,
+  recordings: Sequence[tuple[str | os.PathLike, str | os.PathLike]],
   *,
   emotion: str | None = None,
   intensity: float = 1.0,
   emotion_reference: str | os.PathLike | None = None,
   audio_weights: str | os.PathLike | None = None,
   audio_windows: str | os.PathLike | None = None,
-  blink: Literal["auto", "none"] = "auto",
+  movement: Literal["clip", "generated"] = "clip",
+  blinks: bool = True,
   script: str | os.PathLike | None = None,
   action_units: Mapping[str, float] | None = None,
   uncertainty: str | os.PathLike | None = None,
   subject: str | os.PathLike | None = None,
-  background: Background = "subject",
+  background: Background = "image",
+  orbit: float | None = None,
+  camera: str | os.PathLike | None = None,
   mark: str | None = None,
   provenance: bool = True,
   seed: int = 0,
-) -> Film:
-  """Writes an MP4 at 25 fps of the run's person saying `audio`, with its sound.
+) -> list[Film]:
+  """Writes films at 25 fps of the run's person saying recordings, with their sound.
 
   Args:
     run_path: a run folder.
-    audio: speech, any sound or video file; its length is the film's, to a frame.
-    out: the MP4; appears when it is whole.
+    recordings: of each film the speech, any sound or video file, whose length is the film's, to
+      a frame; and the MP4 to write (MOV for background "alpha"), which appears when it is whole.
     emotion: an emotion by name; None: as the recording sounds.
     intensity: of the named emotion, 0 (neutral) to 1 (full).
     emotion_reference: a recording whose emotion is taken instead.
     audio_weights: folder of the audio encoder's weights, if it is no longer where it was.
-    audio_windows: .npy file of audio windows of `audio`, made elsewhere; none are computed then.
-    blink: "auto" blinks at random intervals as strongly as in training; "none" never.
+    audio_windows: .npy file of audio windows of the one recording, made elsewhere; none are
+      computed then.
+    movement: of the head: "clip" walks to and fro over the training clip, "generated" recuts it.
+    blinks: whether the eyes blink, as often and as strongly as in training.
     script: a file that says which emotion and which action units hold when (`uajax.direction`).
     action_units: values of action units (AU01 ...) that hold for the whole film.
-    uncertainty: a second MP4, the uncertainty of every pixel from black (none) to yellow.
+    uncertainty: a second MP4 of the one recording, the uncertainty of every pixel from black
+      (none) to yellow.
     subject: the subject folder, if it is no longer where it was when training.
-    background: behind the head: the training frames' own (with torso), or a colour.
+    background: behind the head: the training frames' own (with torso), a colour, or nothing.
+    orbit: the camera goes about the head, to and fro, so many degrees to each side.
+    camera: a file of cameras that see the head instead of the clip's (`poses.read_path`).
     mark: a line of text to be seen in every picture.
     provenance: whether the films carry a signed manifest that says what they are.
-    seed: of the blinks.
+    seed: of blinks and of generated movement.
 
   Raises:
-    UserError: the run, the recording, the subject, the script or the emotion cannot be used; disk
-      full.
+    UserError: the run, a recording, the subject, the script, the cameras or the emotion cannot be
+      used; disk full.
   """
   from uajax import media, runs  # the machine that trains may lack what media needs
   from uajax.emotion import control
   from uajax.priors import extract
-  from uajax.speech import features
 
-  out = _film_path(out, "--out")
-  films = [out]
+  if not recordings:
+    raise UserError("no recording was given: give a file of speech")
+  if len(recordings) > 1 and (uncertainty is not None or audio_windows is not None):
+    raise UserError("--uncertainty and --audio-windows belong to one recording: give one --audio")
+  if orbit is not None and camera is not None:
+    raise UserError("--orbit and --camera exclude each other: give one of them")
+  if orbit is not None and not 0 <= orbit <= 180:
+    raise UserError(f"--orbit {orbit} is out of reach: give 0 to 180 degrees to each side")
+  suffix = ".mov" if background == "alpha" else ".mp4"
+  outs = [_film_path(out, "--out", suffix) for _, out in recordings]
+  films = list(outs)
   if uncertainty is not None:
-    films.append(_film_path(uncertainty, "--uncertainty"))
-  if len({path.resolve() for path in (*films, pathlib.Path(audio))}) != len(films) + 1:
-    raise UserError(f"{out} is named twice: sound, film and uncertainty need different files")
+    films.append(_film_path(uncertainty, "--uncertainty", ".mp4"))
+  named = [path.resolve() for path in films]
+  sounds = {pathlib.Path(audio).resolve() for audio, _ in recordings}
+  for path, place in zip(films, named, strict=True):
+    if named.count(place) > 1 or place in sounds:
+      raise UserError(f"{path} is named twice: sound, film and uncertainty need different files")
   spans = [direction.whole_film(action_units)] if action_units else []
   spans += direction.read(script) if script is not None else []
   credentials = origin.credentials() if provenance else None
   run = runs.open_run(run_path)
-  sound = media.read_audio(audio)
-  media.check_speech(sound, audio)
-  frames = features.frame_count(len(sound))
+  for audio, _ in recordings[1:]:  # sooner than after the films before
+    media.check_sound(audio)
   source = open_source(run, "train", subject, priors=False)
   avatar = run.avatar()
   extractors = extract.load(run.extractors)
+  resolve = functools.partial(control.resolve, extractors)
+  for span in spans:
+    if span.emotion is not None:
+      resolve(span.emotion, span.intensity)  # a wrong name is found now, not in the film's midst
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
   listen = listener(run, audio_weights, audio_windows)
-  speech = extract.hear(extractors, sound, frames, emotion=wanted, listen=listen)
-  speech = speech._replace(emotion=direction.feel(
-    spans, np.asarray(speech.emotion), functools.partial(control.resolve, extractors)))
-  size = avatar.config.audio_width, avatar.config.audio_channels
-  if speech.audio.shape[1:] != size:
-    raise UserError(
-      f"{run.path} listens to windows of {size[0]} steps and {size[1]} channels, these have "
-      f"{speech.audio.shape[1]} and {speech.audio.shape[2]}: give what it was trained with"
-    )
   numbers = [source.numbers(i) for i in range(len(source))]
-  cameras = [camera for camera, *_ in numbers]
-  poses = walk(frames, source.ids)
-  units = np.stack([controls.action_units for _, controls, *_ in numbers])
-  units = direction.act(spans, eyes(units, poses, blink, np.random.default_rng(seed)))
+  clip = Clip(
+    source, [camera for camera, *_ in numbers],
+    np.stack([controls.action_units for _, controls, *_ in numbers]))
+  route = None
+  if camera is not None:
+    route = poses.read_path(camera, source.width, source.height, np.asarray(clip.cameras[0].K))
+  centre, made = _centre(avatar), []
+  for index, (audio, _) in enumerate(recordings):
+    sound = media.map_audio(audio)
+    media.check_speech(sound, audio)
+    frames = -(-len(sound) * FPS // SAMPLE_RATE_HZ)
+    rng = np.random.default_rng([seed, index])
+    course, units = _act(clip, centre, sound, frames, movement, blinks, rng)
+    units = direction.act(spans, units)
+    speech = extract.hear_in_pieces(extractors, sound, frames, emotion=wanted, listen=listen)
+    rows = heard_rows(speech, functools.partial(direction.feel, spans, resolve=resolve))
+    rows = _checked(rows, avatar, run)
 
-  def behind(pose: int) -> np.ndarray:
-    if background == "subject":
-      return np.asarray(source.pictures(pose).background)
-    return np.full((source.height, source.width, 3), COLOURS[background], np.uint8)
+    def standing(i: int, course=course) -> Camera:
+      if route is not None:
+        return route.at(i / FPS)
+      seen = poses.between(clip.cameras[course.main[i]], clip.cameras[course.other[i]],
+                           float(course.share[i]))
+      return seen if orbit is None else poses.orbit(seen, orbit, i / FPS, centre)
 
-  def scenes() -> Iterator[Scene]:
-    for i, picture in enumerate(ahead(behind, poses)):
-      heard: Any = (  # NumPy leaves, as everything on the host
-        features.neighbouring(np.asarray(speech.audio), i),
-        units[i],
-        speech.f_exp[i],
-        speech.f_tone[i],
-        speech.emotion[i],
-      )
-      controls = Controls(*heard)
-      yield Scene(controls, cameras[poses[i]], picture)
+    def scenes(course=course, units=units, rows=rows, standing=standing, frames=frames
+               ) -> Iterator[Scene]:
+      behind = ahead(functools.partial(clip.behind, course, background), range(frames))
+      for i, (row, picture) in enumerate(zip(rows, behind, strict=True)):
+        controls = Controls(row.audio, units[i], row.f_exp, row.f_tone, row.emotion)  # pyright: ignore
+        yield Scene(controls, standing(i), picture)
 
-  drawn = _report(draw(avatar, scenes(), doubt=uncertainty is not None),
-                  Progress("synthesize", frames))
-  if mark:
-    drawn = (frame._replace(image=origin.mark(frame.image, mark)) for frame in drawn)
-  write = functools.partial(media.write_video, fps=FPS, audio=sound)
-  if uncertainty is None:
-    write(out, (frame.image for frame in drawn))
+    of = f" {index + 1} of {len(recordings)}" if len(recordings) > 1 else ""
+    drawn = _report(
+      draw(avatar, scenes(), doubt=uncertainty is not None, alpha=background == "alpha"),
+      f"synthesize{of}", frames)
+    if mark:
+      drawn = (frame._replace(image=origin.mark(frame.image, mark)) for frame in drawn)
+    write = functools.partial(media.write_video, fps=FPS, audio=sound)
+    written = [outs[index], *films[len(outs):]]
+    if uncertainty is None:
+      write(outs[index], (frame.image for frame in drawn))
+    else:
+      _write_both(write, written, drawn)
+    if credentials is not None:
+      _sign(written, credentials, {
+        "run": run.path.name, "run_sha256": origin.digest(run.path / "run.json"),
+        "sound_sha256": origin.digest(audio), "emotion": emotion or "as heard",
+        "intensity": intensity if emotion else None})
+    made.append(Film(outs[index], frames, frames / FPS))
+  return made
+
+
+class Clip(NamedTuple):
+  """What films borrow from the training clip."""
+
+  source: Any  # data.folder.Source
+  cameras: list[Camera]
+  units: Float[np.ndarray, "n 6"]  # ACTION_UNITS
+
+  def behind(self, course: poses.Course, background: Background, i: int
+             ) -> UInt8[np.ndarray, "h w 3"]:
+    """What is behind the head in frame i of the film."""
+    if background != "image":
+      return np.full((self.source.height, self.source.width, 3), COLOURS[background], np.uint8)
+    picture = np.asarray(self.source.pictures(int(course.main[i])).background)
+    share = course.share[i]
+    if not share:
+      return picture
+    other = np.asarray(self.source.pictures(int(course.other[i])).background, np.float32)
+    return np.round(picture * np.float32(1 - share) + other * np.float32(share)).astype(np.uint8)
+
+
+def _act(
+  clip: Clip, centre: Float[np.ndarray, " 3"], sound: Float[np.ndarray, " s"], frames: int,
+  movement: str, blinks: bool, rng: np.random.Generator,
+) -> tuple[poses.Course, Float[np.ndarray, "f 6"]]:
+  """Where each frame of a film has its pose from, and its action units."""
+  ids = clip.source.ids
+  if movement == "clip":
+    course = poses.steady(poses.walk(frames, ids))
   else:
-    _write_both(write, films, drawn)
-  if credentials is not None:
-    _sign(films, credentials, {
-      "run": run.path.name, "run_sha256": origin.digest(run.path / "run.json"),
-      "sound_sha256": origin.digest(audio), "emotion": emotion or "as heard",
-      "intensity": intensity if emotion else None})
-  return Film(out, frames, frames / FPS)
+    own = _own_loudness(clip)
+    voices = None if own is None else (own, loudness_db(sound, frames))
+    course = poses.recut(frames, ids, clip.cameras, centre, rng, voices)
+  return course, eyes(clip.units, ids, course, blinks, rng)
+
+
+def eyes(
+  action_units: Float[np.ndarray, "n 6"], ids, course: poses.Course, blinks: bool,
+  rng: np.random.Generator,
+) -> Float[np.ndarray, "f 6"]:
+  """The action units of the film: those of the poses, with eyes that blink in their own time."""
+  habit = blinking.habit(action_units, ids)
+  units = course.mix(np.asarray(action_units, np.float32))
+  units[:, blinking.EYES] = blinking.track(habit, len(units), rng) if blinks else habit.rest
+  return units
+
+
+def _centre(avatar: Avatar) -> Float[np.ndarray, " 3"]:
+  """Of the head: the mean of the face's splats, metres."""
+  alive = np.asarray(avatar.face.alive)
+  means = np.asarray(avatar.face.splats.means, np.float64)[alive]
+  return means.mean(axis=0) if len(means) else np.zeros(3)
+
+
+def _own_loudness(clip: Clip) -> Float[np.ndarray, " n"] | None:
+  """Loudness of the training frames, dB; None where the clip's sound is not there."""
+  from uajax import media
+
+  path = clip.source.path / "aud.wav"
+  if not path.is_file():
+    return None
+  sound = media.map_audio(path)
+  ids = np.asarray(clip.source.ids)
+  return loudness_db(sound, int(ids.max()) + 1)[ids]
+
+
+def loudness_db(sound: Float[np.ndarray, " s"], frames: int) -> Float[np.ndarray, " f"]:
+  """The level of each frame's 40 ms of sound; -60 dB and lower count as silence."""
+  samples = SAMPLE_RATE_HZ // FPS
+  power = np.zeros(frames)
+  for i in range(min(frames, len(sound) // samples)):
+    power[i] = np.mean(np.square(sound[i * samples : (i + 1) * samples], dtype=np.float64))
+  return 10 * np.log10(power + 1e-6)
+
+
+def heard_rows(
+  pieces: Iterable[Speech],
+  feel: Callable[..., Float[np.ndarray, "f 128"]] | None = None,
+) -> Iterator[Speech]:
+  """What is heard in frame after frame: with [8 d w] audio, the windows of frames i-4 .. i+3.
+
+  Args:
+    feel: gives the emotion of a piece [f 128], of which it is told `begin`.
+  """
+  def rows() -> Iterator[Speech | None]:
+    yield from [None] * (NEIGHBOURS // 2)
+    begin = 0
+    for piece in pieces:
+      if feel is not None:
+        felt: Any = feel(np.asarray(piece.emotion), begin=begin)
+        piece = piece._replace(emotion=felt)
+      begin += len(piece.audio)
+      for leaves in zip(*map(np.asarray, piece), strict=True):
+        yield Speech(*leaves)
+    yield from [None] * (NEIGHBOURS // 2 - 1)
+
+  around: collections.deque[Speech | None] = collections.deque(maxlen=NEIGHBOURS)
+  for row in rows():
+    around.append(row)
+    now = around[NEIGHBOURS // 2] if len(around) == NEIGHBOURS else None
+    if now is not None:
+      silent = np.zeros_like(now.audio)  # where there is no frame (method.md D.1)
+      windows = np.stack([silent if near is None else near.audio for near in around])
+      audio: Any = windows.transpose(0, 2, 1)
+      yield now._replace(audio=audio)
+
+
+def _checked(rows: Iterator[Speech], avatar: Avatar, run) -> Iterator[Speech]:
+  """The same, once it is seen that the avatar can listen to them: before a film is begun.
+
+  Raises:
+    UserError: the windows are not such as it was trained with.
+  """
+  first = next(rows)
+  width, channels = avatar.config.audio_width, avatar.config.audio_channels
+  if first.audio.shape[1:] != (channels, width):
+    raise UserError(
+      f"{run.path} listens to windows of {width} steps and {channels} channels, these have "
+      f"{first.audio.shape[2]} and {first.audio.shape[1]}: give what it was trained with"
+    )
+  return itertools.chain([first], rows)
 
 
 def _sign(films: list[pathlib.Path], credentials, synthesis: dict[str, Any]) -> None:
@@ -192,61 +347,15 @@ def _sign(films: list[pathlib.Path], credentials, synthesis: dict[str, Any]) -> 
     raise
 
 
-def walk(frames: int, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " f"]:
-  """Which training frame lends its pose to each frame of the film: to and fro without a jump.
-
-  Args:
-    frames: length of the film.
-    ids: frame numbers of the training frames in the source video, rising. Where some are
-      missing the head would jump, so that the walk stays inside the longest whole stretch.
-
-  Returns:
-    indices into the training frames; neighbours differ by at most 1.
-  """
-  torn = np.flatnonzero(np.diff(ids) > TORN) + 1
-  begins, ends = np.append(0, torn), np.append(torn, len(ids))
-  longest = int(np.argmax(ends - begins))
-  begin, count = int(begins[longest]), int((ends - begins)[longest])
-  if count == 1:
-    return np.full(frames, begin)
-  place = np.arange(frames) % (2 * count - 2)
-  return begin + np.where(place < count, place, 2 * count - 2 - place)
-
-
-def eyes(
-  action_units: Float[np.ndarray, "n 6"],
-  poses: Int[np.ndarray, " f"],
-  blink: Literal["auto", "none"],
-  rng: np.random.Generator,
-) -> Float[np.ndarray, "f 6"]:
-  """The action units of the film: those of the walked frames, with eyes that blink in its own time.
-
-  A blink is as strong as the person's strong ones in training (98th percentile of AU45), so
-  that the eyes are never asked for what was not seen.
-  """
-  units = np.array(action_units, np.float32)[poses]
-  units[:, EYES] = 0.0
-  if blink == "none":
-    return units
-  strength = np.percentile(np.clip(action_units[:, EYES], 0, 2), 98)
-  at = 0.0
-  while True:
-    at += rng.uniform(*GAP_S)
-    begin = round(at * FPS)
-    if begin >= len(units):
-      return units
-    pulse = np.array(BLINK[: len(units) - begin], np.float32)
-    units[begin : begin + len(pulse), EYES] = strength * pulse
-    at += len(BLINK) / FPS
-
-
-def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK, *, doubt: bool = True
-         ) -> Iterator[Drawn]:
+def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK, *, doubt: bool = True,
+         alpha: bool = False) -> Iterator[Drawn]:
   """Renders frame after frame; the device draws a chunk while the one before is handed out.
 
   Args:
     chunk: frames a compiled call draws.
     doubt: whether the uncertainty is wanted; zeros, sooner, if not.
+    alpha: whether images get their opacity, of the head alone, as a fourth channel; the colours
+      are not multiplied by it, and backgrounds should be black.
 
   Raises:
     UserError: the avatar holds values that are not finite (splats of such are not drawn at all,
@@ -264,13 +373,13 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK, *, doubt: 
       # The last chunk is filled up: a second shape would compile again.
       filled = taken + taken[-1:] * (chunk - len(taken))
       stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
-      begun = len(taken), stacked, _draw(avatar, known, stacked, capacity, doubt)
+      begun = len(taken), stacked, _draw(avatar, known, stacked, capacity, doubt, alpha)
     if waiting is not None:
       count, stacked, results = waiting
       while int(results[2].max()):  # splats were left out: once more, with room for them
         slots = max(len(avatar.face.alive), len(avatar.mouth.alive))
         capacity = 64 * slots if capacity is None else 2 * capacity
-        results = _draw(avatar, known, stacked, capacity, doubt)
+        results = _draw(avatar, known, stacked, capacity, doubt, alpha)
       images, maps = np.asarray(results[0]), np.asarray(results[1])
       for i in range(count):
         yield Drawn(images[i], maps[i])
@@ -279,13 +388,18 @@ def draw(avatar: Avatar, scenes: Iterable[Scene], chunk: int = CHUNK, *, doubt: 
     waiting = begun
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "doubt"))
-def _draw(avatar: Avatar, known: Known, scenes: Scene, capacity: int | None, doubt: bool):
+@functools.partial(jax.jit, static_argnames=("capacity", "doubt", "alpha"))
+def _draw(avatar: Avatar, known: Known, scenes: Scene, capacity: int | None, doubt: bool,
+          alpha: bool):
   def one(scene: Scene):
     back = jnp.asarray(scene.background, jnp.float32) / 255
     image = render(avatar, scene.controls, scene.camera, back, known=known, doubt=doubt,
                    capacity=capacity)
-    pixels = jnp.round(image.composite * 255).astype(jnp.uint8)
+    picture = image.composite
+    if alpha:
+      opacity = 1 - (1 - image.face_alpha) * (1 - image.mouth_alpha)
+      picture = jnp.concatenate([picture / jnp.maximum(opacity, 1e-3), opacity], -1)
+    pixels = jnp.round(jnp.clip(picture, 0, 1) * 255).astype(jnp.uint8)
     return pixels, image.uncertainty, image.overflow
 
   return jax.lax.map(one, scenes)
@@ -350,17 +464,23 @@ def _write_both(write, films: list[pathlib.Path], drawn: Iterator[Drawn]) -> Non
     raise failure[0]
 
 
-def _report(drawn: Iterator[Drawn], progress: Progress) -> Iterator[Drawn]:
+def _report(drawn: Iterator[Drawn], label: str, frames: int) -> Iterator[Drawn]:
+  """Says how long it takes yet; the clock starts with the first frame, after the compilation."""
+  progress = None
   for frame in drawn:
+    progress = progress or Progress(label, frames)
     yield frame
     progress.advance()
-  progress.close()
+  if progress is not None:
+    progress.close()
 
 
-def _film_path(path: str | os.PathLike, name: str) -> pathlib.Path:
+def _film_path(path: str | os.PathLike, name: str, suffix: str) -> pathlib.Path:
   path = pathlib.Path(path)
-  if path.suffix.lower() != ".mp4":
-    raise UserError(f"{name} {path} does not end in .mp4: only MP4 films are written")
+  if path.suffix.lower() != suffix:
+    written = "MP4 films are written, MOV for --background alpha" if suffix == ".mp4" else (
+      "--background alpha makes MOV films (ProRes 4444)")
+    raise UserError(f"{name} {path} does not end in {suffix}: {written}")
   if path.is_dir():
     raise UserError(f"{name} {path} is a folder: give the name of a file")
   return path

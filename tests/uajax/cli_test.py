@@ -40,7 +40,7 @@ WRONG = [
   (["train", "S", "--workdir", "R", "--preset", "demo", "--experiment", "x.py"], "exclude"),
   (["train", "S", "--workdir", "R", "--process", "0"], "all three or none"),
   (["synthesize", "R", "--audio", "a.wav"], "--out"),
-  (["synthesize", "R", "--audio", "a", "--out", "b", "--blink", "often"], "'often'"),
+  (["synthesize", "R", "--audio", "a", "--out", "b", "--poses", "often"], "'often'"),
   (["synthesize", "R", "--audio", "a", "--out", "b", "--emotion", "sad",
     "--emotion-reference", "c"], "exclude"),
   (["evaluate"], "either RUN or both"),

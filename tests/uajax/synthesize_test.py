@@ -25,35 +25,6 @@ def subject(tmp_path_factory):
   return path
 
 
-def test_the_walk_goes_on_without_a_jump():
-  at = synthesize.walk(100, np.arange(7))
-  assert len(at) == 100 and set(at) == set(range(7))
-  assert np.abs(np.diff(at)).max() == 1 and at[:14].tolist() == [*range(7), *range(5, -1, -1), 1]
-
-
-def test_the_walk_stays_in_the_longest_whole_stretch():
-  ids = np.r_[0:5, 40:60, 62:70, 500:510]  # one frame missing inside the second does not matter
-  at = synthesize.walk(200, ids)
-  assert ids[at].min() == 40 and ids[at].max() == 69
-  assert synthesize.walk(3, np.array([4])).tolist() == [0, 0, 0]
-
-
-def test_blinks_come_at_human_intervals_and_no_stronger_than_seen():
-  rng = np.random.default_rng(0)
-  units = rng.uniform(0, 1, (50, 6)).astype(np.float32)
-  poses = synthesize.walk(60 * 25, np.arange(50))
-  made = synthesize.eyes(units, poses, "auto", rng)
-  np.testing.assert_array_equal(made[:, :5], units[poses, :5])  # brows are the training clip's
-  shut = made[:, 5] > 0
-  begun = int((np.diff(shut.astype(int)) == 1).sum())
-  assert 10 <= begun <= 30 and shut.mean() < 0.15  # in a minute
-  assert made[:, 5].max() <= units[:, 5].max()
-  assert not synthesize.eyes(units, poses, "none", rng)[:, 5].any()
-  again = synthesize.eyes(units, poses, "auto", np.random.default_rng(1))
-  other = synthesize.eyes(units, poses, "auto", np.random.default_rng(2))
-  assert (again[:, 5] != other[:, 5]).any()
-
-
 def test_every_frame_is_drawn_once_in_order(subject):
   avatar, source = tiny_run.avatar(), folder.Source(subject, "train")
   frames = list(source)
@@ -150,7 +121,7 @@ def test_emotion_and_background_show(run, tmp_path):
   media.write_wav(wav, speech(0.4))
 
   def film(**how):
-    synthesize.synthesize(run.path, wav, tmp_path / "out.mp4", blink="none", **how)
+    synthesize.synthesize(run.path, wav, tmp_path / "out.mp4", blinks=False, **how)
     return pictures(tmp_path / "out.mp4")
 
   calm, happy = film(emotion="neutral"), film(emotion="Happy", intensity=1.0)

@@ -17,9 +17,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -40,12 +41,14 @@ from uajax.progress import Progress
 from uajax.saving import aside
 from uajax.speech import encoders, features, wav2vec2
 from uajax.speech.wav2vec2 import Wav2Vec2Config
-from uajax.types import EMOTION, EXPRESSION, SAMPLE_RATE_HZ, Speech
+from uajax.types import EMOTION, EXPRESSION, FPS, SAMPLE_RATE_HZ, Speech
 
 VERSION = 1
 FOLDER = "extractors"
 SPLITS = ("train", "val")
 LIMIT = 5.0  # standardised features are cut there: no recording drives the avatar further
+PIECE, MARGIN = 1000, 250  # frames heard at a time, and before and after them
+_SAMPLES = SAMPLE_RATE_HZ // FPS  # of a frame
 LEEWAY_DB = 6.0  # how much louder or softer than the training speech is left as it is
 
 CorpusItem = tuple[np.ndarray, np.ndarray, str, Any]  # wav, expression [f 64], label, intensity
@@ -180,58 +183,107 @@ def hear(
   emotion: Float[np.ndarray, "*f 128"] | None = None,
   listen: encoders.Windows = features.mel_windows,
 ) -> Speech:
-  """All features of speech, a row a video frame.
+  """All features of speech, a row a video frame; arguments as in `hear_in_pieces`."""
+  pieces = hear_in_pieces(extractors, wav, frames, emotion=emotion, listen=listen)
+  return jax.tree.map(lambda *rows: np.concatenate(rows), *pieces)
+
+
+def hear_in_pieces(
+  extractors: Extractors,
+  wav: Float[np.ndarray, " s"],
+  frames: int | None = None,
+  *,
+  emotion: Float[np.ndarray, "*f 128"] | None = None,
+  listen: encoders.Windows = features.mel_windows,
+  piece: int = PIECE,
+) -> Iterator[Speech]:
+  """The features of speech of any length, a piece after the other, in memory that does not grow.
+
+  Each piece is heard with 10 s before and after it, more than any feature looks at. Only the
+  tone's LSTM has no end to what it remembers, but it learnt from 4 s at a time: pieces do not show
+  (to 1e-4). Windows of other encoders than mel are made whole, at first.
 
   Args:
-    wav: mono speech at 16 kHz in [-1, 1].
+    wav: mono speech at 16 kHz in [-1, 1]; a memory map will do.
     frames: how many; None for all that the speech lasts.
     emotion: a standardised feature (`emotion.control.resolve`) for all frames or one for each, in
       place of what is heard.
     listen: what makes the audio windows (`speech.encoders`).
+    piece: frames of each, but for the last.
 
   Speech much louder or softer than the person's own (beyond 6 dB) is brought to within that.
+
+  Raises:
+    UserError: what is given is no speech, or the emotion has the wrong shape.
   """
   wav = features.checked(wav)
-  frames = features.frame_count(wav.size) if frames is None else frames
-  gain_db = _leeway(extractors.level_db - speech_level_db(wav))
-  wav = (wav * 10 ** (gain_db / 20)).astype(np.float32)
-  c = extractors.config
-  expression: Any = lip.express(
-    extractors.params["lip"],
-    features.lip_windows(wav, frames, lead=c.lip.lead),
-    extractors.ref,
-    c.lip,
-  )
-  tone: Any = style.tone(
-    extractors.params["style"], features.lip_windows(wav, frames, lead=c.style.lead), c.style
-  )
-  if emotion is None:
-    at = features.centres(frames, c.emotion_stride)
-    tapped, _ = distill.feel(
-      extractors.params["emotion"],
-      features.views(wav),
-      at,
-      extractors.spread,
-      len(extractors.labels),
-      c.emotion,
-    )
-    rows = extractors.scales["emotion"].apply(tapped).clip(-LIMIT, LIMIT)
-    heard: Any = distill.between(at, rows, frames)
-  else:
-    heard = np.asarray(emotion, np.float32)
-    if heard.shape not in ((EMOTION,), (frames, EMOTION)):
+  lasts = features.frame_count(wav.size)
+  frames = lasts if frames is None else frames
+  if emotion is not None:
+    emotion = np.asarray(emotion, np.float32)
+    if emotion.shape not in ((EMOTION,), (frames, EMOTION)):
       raise UserError(
-        f"the emotion has shape {heard.shape}: give [128], or [frames, 128] with {frames} frames"
+        f"the emotion has shape {emotion.shape}: give [128], or [frames, 128] with {frames} frames"
       )
-    heard = np.broadcast_to(heard, (frames, EMOTION))
-  scales = extractors.scales
-  windows: Any = listen(wav, frames)
-  return Speech(
-    audio=windows,
-    f_exp=scales["f_exp"].apply(expression).clip(-LIMIT, LIMIT),
-    f_tone=scales["f_tone"].apply(tone).clip(-LIMIT, LIMIT),
-    emotion=heard,
+    emotion = np.broadcast_to(emotion, (frames, EMOTION))
+  gain = np.float32(10 ** (_leeway(extractors.level_db - speech_level_db(wav)) / 20))
+  windows = None if listen is features.mel_windows else listen(wav * gain, frames)
+  loudest = None
+  if emotion is None:
+    magnitude, band_db = features.peaks(wav)
+    loudest = features.Peaks(float(magnitude * gain), band_db + 20 * float(np.log10(gain)))
+  # Five frames are 16 mel steps and 20 spectral steps: pieces that begin at such frames, where
+  # emotion is heard too, are cut into the very windows that the whole is.
+  unit = math.lcm(5, extractors.config.emotion_stride)
+  piece, margin = max(piece // unit, 1) * unit, -(-MARGIN // unit) * unit
+  begins = [*range(0, max(min(frames, lasts), 1), piece)]
+  for begin, end in zip(begins, [*begins[1:], frames], strict=True):
+    start, stop = max(begin - margin, 0), min(end + margin, frames)
+    part = wav[start * _SAMPLES : (end + margin) * _SAMPLES] * gain
+    rows = slice(begin - start, end - start)
+    f_exp, f_tone = _express(extractors, part, stop - start, rows)
+    audio: Any = features.mel_windows(part, stop - start)[rows] if windows is None else (
+      windows[begin:end])
+    felt: Any = _feel(extractors, part, frames - start, rows, loudest) if emotion is None else (
+      emotion[begin:end])
+    yield Speech(audio, f_exp, f_tone, felt)
+
+
+def _express(
+  extractors: Extractors, wav: Float[np.ndarray, " s"], frames: int, rows: slice
+) -> tuple[Any, Any]:
+  """f_exp and f_tone of some rows of `frames` that `wav` lasts."""
+  c, scales = extractors.config, extractors.scales
+  spoken = features.lip_windows(wav, frames, lead=c.lip.lead)[rows]
+  expression = lip.express(extractors.params["lip"], spoken, extractors.ref, c.lip)
+  toned = features.lip_windows(wav, frames, lead=c.style.lead)
+  tone = style.tone(extractors.params["style"], toned, c.style)[rows]
+  return (scales["f_exp"].apply(expression).clip(-LIMIT, LIMIT),
+          scales["f_tone"].apply(tone).clip(-LIMIT, LIMIT))
+
+
+def _feel(
+  extractors: Extractors,
+  wav: Float[np.ndarray, " s"],
+  frames: int,
+  rows: slice,
+  peaks: features.Peaks | None,
+) -> Float[np.ndarray, "f 128"]:
+  """The emotion of some rows of a recording of `frames` that begins with `wav`."""
+  c = extractors.config
+  at = features.centres(frames, c.emotion_stride)
+  # As far as the one on the way to which the last rows are.
+  at = at[np.searchsorted(at, rows.start) : np.searchsorted(at, rows.stop - 1) + 1]
+  tapped, _ = distill.feel(
+    extractors.params["emotion"],
+    features.views(wav, peaks),
+    at,
+    extractors.spread,
+    len(extractors.labels),
+    c.emotion,
   )
+  felt = extractors.scales["emotion"].apply(tapped).clip(-LIMIT, LIMIT)
+  return distill.between(at - rows.start, felt, rows.stop - rows.start)
 
 
 def expression(extractors: Extractors, speech: Speech) -> Float[np.ndarray, "f 64"]:
@@ -245,7 +297,9 @@ def speech_level_db(wav: Float[np.ndarray, " s"]) -> float:
   """How loud the loud parts are: the 90th percentile of the level of 20 ms pieces, in dB."""
   pieces = wav[: max(1, wav.size // 320) * 320]
   pieces = pieces.reshape(-1, min(320, pieces.size))
-  power = np.square(pieces, dtype=np.float64).mean(axis=1)
+  # A minute at a time: squares of a long recording would take more than the recording itself.
+  parts = [pieces[i : i + 3000] for i in range(0, len(pieces), 3000)]
+  power = np.concatenate([np.square(part, dtype=np.float64).mean(axis=1) for part in parts])
   return float(10 * np.log10(np.percentile(power, 90) + 1e-10))
 
 

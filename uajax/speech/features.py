@@ -35,6 +35,13 @@ class Views(NamedTuple):
   waveform: Float[Array | np.ndarray, "*m s"]  # pre-emphasised; windows have mean 0 and variance 1
 
 
+class Peaks(NamedTuple):
+  """The loudest that a recording gets; its views are told relative to that."""
+
+  magnitude: float  # of a bin of `spectrogram`, before it is told in dB
+  band_db: float  # of a mel band under `mfcc`
+
+
 def frame_count(samples: int) -> int:
   """Video frames that `samples` of speech fill: every frame begun counts, none is cut short."""
   return -(-samples * FPS // SAMPLE_RATE_HZ)
@@ -137,15 +144,28 @@ def neighbouring(windows: Float[np.ndarray, "f w d"], i: int) -> Float[np.ndarra
   return taken.transpose(0, 2, 1).astype(windows.dtype)
 
 
-def spectrogram(wav: Float[np.ndarray, " s"]) -> Float[np.ndarray, "200 t"]:
+def spectrogram(
+  wav: Float[np.ndarray, " s"], peaks: Peaks | None = None
+) -> Float[np.ndarray, "200 t"]:
   """dB below the loudest bin of the recording, in [-80, 0]; t = 1 + s // 160 (method.md B.1).
 
   40 ms Hamming windows every 10 ms of pre-emphasised speech; bins up to 3980 Hz. Where nothing
-  sounds at all everything is -80 dB, not 0.
+  sounds at all everything is -80 dB, not 0. `peaks` are the recording's where `wav` is a part.
   """
   import librosa
 
-  magnitude = np.abs(
+  magnitude = _magnitude(wav)
+  loudest = magnitude.max() if peaks is None else np.float32(peaks.magnitude)
+  if loudest < 1e-5:
+    return np.full((SPECTRUM_BINS, magnitude.shape[1]), SILENT_DB, np.float32)
+  db = librosa.amplitude_to_db(magnitude, ref=loudest, amin=1e-5, top_db=None)
+  return np.maximum(db[:SPECTRUM_BINS], SILENT_DB).astype(np.float32)
+
+
+def _magnitude(wav: Float[np.ndarray, " s"]) -> Float[np.ndarray, "401 t"]:
+  import librosa
+
+  return np.abs(
     librosa.stft(
       preemphasize(wav),
       n_fft=800,
@@ -155,31 +175,56 @@ def spectrogram(wav: Float[np.ndarray, " s"]) -> Float[np.ndarray, "200 t"]:
       pad_mode="constant",
     )
   )
-  if magnitude.max() < 1e-5:
-    return np.full((SPECTRUM_BINS, magnitude.shape[1]), SILENT_DB, np.float32)
-  db = librosa.amplitude_to_db(magnitude, ref=np.max, amin=1e-5, top_db=-SILENT_DB)
-  return db[:SPECTRUM_BINS].astype(np.float32)
 
 
-def mfcc(wav: Float[np.ndarray, " s"]) -> Float[np.ndarray, "t 40"]:
-  """Mel cepstra every 10 ms of pre-emphasised speech; t = 1 + s // 160 (method.md B.1)."""
+def mfcc(wav: Float[np.ndarray, " s"], peaks: Peaks | None = None) -> Float[np.ndarray, "t 40"]:
+  """Mel cepstra every 10 ms of pre-emphasised speech; t = 1 + s // 160 (method.md B.1).
+
+  Bands are cut 80 dB below the recording's loudest; `peaks` as in `spectrogram`.
+  """
   import librosa
 
-  return librosa.feature.mfcc(
+  bands = _bands_db(wav)
+  loudest = bands.max() if peaks is None else np.float32(peaks.band_db)
+  bands = np.maximum(bands, loudest + SILENT_DB)
+  return librosa.feature.mfcc(S=bands, n_mfcc=CEPSTRA).T.astype(np.float32)
+
+
+def _bands_db(wav: Float[np.ndarray, " s"]) -> Float[np.ndarray, "128 t"]:
+  import librosa
+
+  power = librosa.feature.melspectrogram(
     y=preemphasize(wav),
     sr=SAMPLE_RATE_HZ,
-    n_mfcc=CEPSTRA,
     n_fft=2048,
     hop_length=HOP,
     n_mels=128,
     htk=True,
     pad_mode="constant",
-  ).T.astype(np.float32)
+  )
+  return librosa.power_to_db(power, top_db=None)
 
 
-def views(wav: Float[np.ndarray, " s"]) -> Views:
-  """The three views of a whole recording."""
-  return Views(spectrogram(wav), mfcc(wav), preemphasize(wav))
+def peaks(wav: Float[np.ndarray, " s"], piece_s: int = 40) -> Peaks:
+  """The peaks of a recording of any length, searched for piece by piece.
+
+  Pieces overlap by a second at either side, so that no step that counts looks beyond them.
+  """
+  piece, margin = piece_s * SAMPLE_RATE_HZ, SAMPLE_RATE_HZ
+  magnitude, band_db = 0.0, -np.inf
+  for begin in range(0, max(len(wav) - HOP, 1), piece):
+    start = max(begin - margin, 0)
+    part = wav[start : begin + piece + margin]
+    skip = (begin - start) // HOP
+    steps = slice(skip, skip + piece // HOP + 1)
+    magnitude = max(magnitude, float(_magnitude(part)[:, steps].max()))
+    band_db = max(band_db, float(_bands_db(part)[:, steps].max()))
+  return Peaks(magnitude, band_db)
+
+
+def views(wav: Float[np.ndarray, " s"], peaks: Peaks | None = None) -> Views:
+  """The three views of a whole recording, or of a part of one with those `peaks`."""
+  return Views(spectrogram(wav, peaks), mfcc(wav, peaks), preemphasize(wav))
 
 
 def cut(whole: Views, starts_s: Float[np.ndarray, " m"], window_s: float) -> Views:

@@ -23,6 +23,7 @@ from uajax import direction, synthesize
 from uajax.avatar import Avatar, Deformation, Known, Layer, deform, know, render
 from uajax.emotion import control
 from uajax.errors import UserError
+from uajax.poses import steady, walk
 from uajax.types import SAMPLE_RATE_HZ, Camera, Controls, Image, Motion, Speech
 
 MOST_S = 600.0  # of a recording: longer ones are cut there
@@ -133,8 +134,9 @@ class Stage:
       frames = features.frame_count(len(sound))
       speech = extract.hear(self.extractors, sound, frames, listen=self._listen)
       self._rate = (time.monotonic() - began_s) * SAMPLE_RATE_HZ / len(sound)
-    poses = synthesize.walk(frames, self.source.ids)
-    units = synthesize.eyes(self._units, poses, "auto", np.random.default_rng(0))
+    poses = walk(frames, self.source.ids)
+    units = synthesize.eyes(
+      self._units, self.source.ids, steady(poses), True, np.random.default_rng(0))
     speech = Speech(*(cast(Array, np.asarray(rows)) for rows in speech))
     return Talk(name, sound, speech, poses, units)
 

@@ -153,6 +153,20 @@ def test_emotion_by_name_goes_into_speech(extractors):
     extract.hear(extractors, wav, 50, emotion=np.zeros((49, 128)))
 
 
+def test_heard_piece_by_piece_it_is_the_same(extractors):
+  """Soft but for a second, so that peaks and level are those of the whole."""
+  config = dataclasses.replace(extractors.config, emotion_stride=25)
+  extractors = extractors._replace(config=config)
+  wav = np.random.default_rng(0).normal(0, 0.02, 15 * 16_000 + 333).astype(np.float32)
+  wav[16_000 * 2 : 16_000 * 3] *= 20
+  pieces = list(extract.hear_in_pieces(extractors, wav, piece=125))
+  assert [len(piece.audio) for piece in pieces] == [125, 125, 125, 1]
+  (whole,) = extract.hear_in_pieces(extractors, wav, piece=400)
+  for name, heard, parts in zip(whole._fields, whole, zip(*pieces, strict=True), strict=True):
+    np.testing.assert_allclose(np.concatenate(parts), heard, atol=1e-4, err_msg=name)
+    assert np.std(heard, axis=0).max() > 0.01
+
+
 def test_heard_emotion_is_nearer_to_its_prototype(extractors):
   centres = {name: control.resolve(extractors, name, 1.0) for name in ("joy", "neutral")}
   for name, bright in (("joy", 1.0), ("neutral", 0.0)):
