@@ -75,6 +75,13 @@ def train(subject, path, frames="resident", **settings):
                     frames=frames, **settings)
 
 
+def test_the_picture_of_an_avatar_is_drawn_by_the_program_foreseen_for_its_shapes(subject):
+  clip = loader.open_source(subject, "train", source="folder")
+  shown, avatar = loop.Shown(clip[0]), loop._begin(loop.fit_audio(experiment(), clip), clip)
+  foreseen = shown.drawing(jax.eval_shape(lambda: avatar))
+  assert ahead._key(foreseen) == ahead._key(shown.drawing(avatar))
+
+
 def leaves(run):
   avatar = run.avatar()
   return jax.tree.leaves((avatar.face, avatar.mouth))
