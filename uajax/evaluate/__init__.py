@@ -2,8 +2,9 @@
 
 Measures of method.md D.7 on pictures of 8 bits, as a viewer sees them: PSNR, SSIM and LPIPS of
 the whole frame and of the square around the lips, how much pictures flicker; by the face's
-landmarks (`faces`) LMD, trembling, action units and expression. What needs a file that is not at
-hand is not computed, and the report says what it needs. The report is JSON; beside it lie a page
+landmarks (`faces`) LMD, trembling, action units and expression; whether lips and sound belong
+together (`syncnet`). What needs a file that is not at hand is not computed, and the report says
+what it needs. The report is JSON; beside it lie a page
 with plots (HTML) and a contact sheet (truth, render, difference).
 
 Axes: f frames, h w pixels.
@@ -32,7 +33,7 @@ from uajax.errors import UserError
 from uajax.progress import Progress
 
 if TYPE_CHECKING:
-  from uajax.evaluate import faces
+  from uajax.evaluate import faces, syncnet
 
 PICTURES = 6  # rows of the contact sheet
 WORST = 5  # frames named in the report
@@ -111,6 +112,7 @@ def evaluate(
   }
   if known is not None:
     report["true_errors"] = known.judge(judge)
+  report["sync"] = judge.sync(source.path / "aud.wav", source.path / "aud.wav")
   return _finish(report, out, judge)
 
 
@@ -163,6 +165,7 @@ def compare(
     "size_px": list(sizes[0]),
     "frames_of_each": lengths,
   }
+  report["sync"] = judge.sync(pred, truth)
   return _finish(report, out, judge)
 
 
@@ -217,6 +220,11 @@ def summarize(report: Mapping) -> str:
       "e_fid": "E-FID (blendshapes) {:.3f}", "jitter_px": "trembles by {:.2f} px",
       "truth_jitter_px": "the truth by {:.2f}",
     }))  # fmt: skip
+  if report["sync"]:
+    lines.append(say("lips and sound", report["sync"], {
+      "confidence": "Sync-C {:.2f}", "distance": "Sync-D {:.2f}",
+      "truth_confidence": "the truth's {:.2f}", "truth_distance": "and {:.2f}",
+    }))  # fmt: skip
   if report.get("true_errors", {}).get("mouth_opening_correlation") is not None:
     lines.append(say("against what is known of the made-up person", report["true_errors"], {
       "mouth_opening_correlation": "mouth opening follows with correlation {:.3f}"}))
@@ -264,6 +272,8 @@ class _Judge:
     self._before: tuple[int, np.ndarray] | None = None  # number and error of the last frame
     self._reader = None
     self.mesh: Any = None
+    self._sync: syncnet.Params | None = None
+    self._watchers: list[syncnet.Watcher] = []  # of the render, of the truth
     if not pictures_only:
       self._load_faces()
 
@@ -281,6 +291,8 @@ class _Judge:
 
       flat = landmarks.to_ibug(pair.points)[..., :2]
       row["mouth_lmd_px"] = float(metrics.lmd(flat[0], flat[1]))
+      for watcher, image in zip(self._watchers, (render, truth), strict=False):
+        watcher.add(number, image, pair.points[0])  # both through the same square
       if lips is None:
         lips = folder.lip_square(flat[0], *truth.shape[:2])
     perceive = self._perceive
@@ -346,6 +358,35 @@ class _Judge:
     }
     return out
 
+  def sync(self, *sounds: pathlib.Path) -> dict[str, float | int]:
+    """Sync-C, Sync-D and offset of the render with its sound, and of the truth with its own.
+
+    Args:
+      sounds: files with the sound of the render and of the truth; frame 0 begins with them.
+
+    Returns:
+      empty where it is not computed.
+    """
+    from uajax import media
+    from uajax.evaluate import syncnet
+
+    out: dict[str, float | int] = {}
+    for prefix, watcher, sound in zip(("", "truth_"), self._watchers, sounds, strict=False):
+      assert self._sync is not None
+      try:
+        speech = media.read_audio(sound)
+      except UserError as error:
+        self.lacking[f"{prefix}sync"] = f"needs sound: {error}"
+        continue
+      found = syncnet.judge(self._sync, watcher, speech)
+      if found is None:
+        self.lacking[f"{prefix}sync"] = (
+          f"needs {syncnet.LEAST_FRAMES} frames in a row with a face, and their sound"
+        )
+        continue
+      out |= {f"{prefix}{name}": value for name, value in _rounded(found._asdict()).items()}
+    return out
+
   def columns(self) -> dict[str, np.ndarray]:
     """Per-frame measures by name, NaN where a frame lacks them."""
     names = dict.fromkeys(name for row in self.rows for name in row)
@@ -371,15 +412,22 @@ class _Judge:
     return out
 
   def _load_faces(self) -> None:
-    from uajax.evaluate import faces
+    from uajax.evaluate import faces, syncnet
     from uajax.preprocess import landmarks
 
     path = pretrained.find(LANDMARKER)
     if path is None:
-      self.lacking["face"] = f"needs {LANDMARKER}: `uajax fetch {LANDMARKER}`"
+      need = f"needs {LANDMARKER}: `uajax fetch {LANDMARKER}`"
+      self.lacking |= {"face": need, "sync": need}
       return
     landmarker = landmarks.Landmarker(path)
     self._reader, self.mesh = faces.Reader(landmarker), landmarker.mesh
+    try:
+      self._sync = syncnet.load()
+    except UserError as error:
+      self.lacking["sync"] = f"needs {error}"
+      return
+    self._watchers = [syncnet.Watcher(self._sync) for _ in range(2)]
 
 
 @jax.jit

@@ -33,6 +33,12 @@ _FIGURES = {
   "face.aue_lower": ("AUE, lower face: of 9 action units", "{:.3f}"),
   "face.e_fid": ("E-FID by 51 blendshape scores", "{:.4f}"),
   "face.frames": ("frames in which both faces were found", "{}"),
+  "sync.confidence": ("Sync-C of lips and sound (SyncNet): higher is better", "{:.2f}"),
+  "sync.distance": ("Sync-D: lower is better", "{:.2f}"),
+  "sync.offset_frames": ("frames by which SyncNet takes the sound for late", "{}"),
+  "sync.truth_confidence": ("Sync-C of the truth", "{:.2f}"),
+  "sync.truth_distance": ("Sync-D of the truth", "{:.2f}"),
+  "sync.truth_offset_frames": ("frames by which the truth's sound is late", "{}"),
   "true_errors.mouth_opening_correlation": (
     "mouth opening of the render with what it truly was: correlation", "{:.3f}",
   ),
