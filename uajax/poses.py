@@ -228,6 +228,13 @@ def orbit(camera: Camera, degrees: float, time_s: float, centre: Float[np.ndarra
   return camera._replace(viewmat=viewmat)
 
 
+def turned_degrees(cameras: list[Camera]) -> float:
+  """How far the head turns in a clip, from its mean to the side that it turns to most."""
+  turns = Rotation.from_matrix(np.stack([np.asarray(c.viewmat)[:3, :3] for c in cameras]))
+  away = (turns.mean().inv() * turns).as_rotvec(degrees=True)  # in the head's own axes
+  return float(np.abs(away[:, 1]).max())
+
+
 class Path(NamedTuple):
   """Cameras at rising times."""
 

@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import logging
 import os
 import pathlib
 import queue
@@ -35,6 +36,7 @@ from uajax.errors import UserError
 from uajax.progress import Progress
 from uajax.types import FPS, NEIGHBOURS, SAMPLE_RATE_HZ, Camera, Controls, Speech
 
+_LOG = logging.getLogger("uajax")
 CHUNK = 8  # frames a compiled call draws
 
 Background = Literal["image", "black", "white", "green", "alpha"]
@@ -164,6 +166,10 @@ def synthesize_all(
   clip = Clip(
     source, [camera for camera, *_ in numbers],
     np.stack([controls.action_units for _, controls, *_ in numbers]))
+  shown = poses.turned_degrees(clip.cameras)
+  if orbit is not None and orbit > shown:
+    _LOG.warning("--orbit %g: the clip turns the head by %.0f degrees; farther round is guessed",
+                 orbit, shown)
   route = None
   if camera is not None:
     route = poses.read_path(camera, source.width, source.height, np.asarray(clip.cameras[0].K))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from uajax.errors import UserError
 from uajax.types import Camera
 
 FRAMES = 400
-K = np.array([[250, 0, 64], [0, 250, 64], [0, 0, 1]], np.float32)
+K: Any = np.array([[250, 0, 64], [0, 250, 64], [0, 0, 1]], np.float32)
 
 
 def clip(frames=FRAMES, seed=0):
@@ -23,7 +24,7 @@ def clip(frames=FRAMES, seed=0):
   wander = 0.08 * (wander - wander.mean(0)) / wander.std(0)
   made = []
   for turn in Rotation.from_rotvec(wander).as_matrix():
-    view = np.eye(4, dtype=np.float32)
+    view: Any = np.eye(4, dtype=np.float32)
     view[:3, :3], view[:3, 3] = turn @ np.diag([1, -1, -1]), [0, 0, 0.7]
     made.append(Camera(view, K))
   return made

@@ -1,8 +1,12 @@
 """From speech to film: poses that go on, blinks, frames that are the avatar's, length and sound."""
 
 import dataclasses
+import functools
+import json
 import shutil
+from typing import Any
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +15,12 @@ import pytest
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from tests.uajax.speech import tiny_model
-from uajax import media, provenance, synthesize
+from uajax import direction, media, provenance, synthesize
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.priors import extract
-from uajax.speech import encoders
+from uajax.speech import encoders, features
+from uajax.types import Speech
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,67 @@ def test_a_script_and_action_units_reach_the_avatar_while_they_hold(run, tmp_pat
   np.testing.assert_allclose(lifted.action_units[:, 0], 4)
 
 
+def test_what_is_heard_in_pieces_keeps_its_neighbours_and_its_time():
+  rng = np.random.default_rng(0)
+  leaves: list[Any] = [rng.normal(size=(11, *shape)).astype(np.float32)
+                       for shape in ((16, 80), (64,), (64,), (128,))]
+  whole = Speech(*leaves)
+  pieces = [Speech(*(leaf[a:b] for leaf in whole)) for a, b in ((0, 2), (2, 3), (3, 11))]
+  span = direction.Span(0.1, 0.35, "happy", 1.0, {})
+  feel = functools.partial(direction.feel, [span], resolve=lambda name, x: np.full(128, 9.0))
+  rows = list(synthesize.heard_rows(pieces, feel))
+  assert len(rows) == 11
+  for i, row in enumerate(rows):
+    np.testing.assert_array_equal(row.audio, features.neighbouring(np.asarray(whole.audio), i))
+    np.testing.assert_array_equal(row.f_tone, whole.f_tone[i])
+  np.testing.assert_array_equal(np.stack([row.emotion for row in rows]),
+                                feel(np.asarray(whole.emotion)))
+
+
+def test_one_command_says_several_recordings_from_cameras_of_ones_own(run, tmp_path, monkeypatch):
+  """The films differ in length; what is drawn sees the head from where the path says."""
+  seen, draw = [], synthesize.draw
+
+  def watched(avatar, scenes, **settings):
+    return draw(avatar, (seen.append(scene.camera) or scene for scene in scenes), **settings)
+
+  monkeypatch.setattr(synthesize, "draw", watched)
+  recordings = [(tmp_path / f"{i}.wav", tmp_path / f"{i}.mp4") for i in range(2)]
+  for (wav, _), seconds in zip(recordings, (0.2, 0.4), strict=True):
+    media.write_wav(wav, speech(seconds))
+  films = synthesize.synthesize_all(run.path, recordings, orbit=20.0, seed=3)
+  assert [film.frames for film in films] == [5, 10] == [
+    media.probe(out).frames for _, out in recordings]
+  orbited = [camera.viewmat for camera in seen[5:]]
+  frames = [{"viewmat": view.tolist()} for view in orbited]
+  (tmp_path / "path.json").write_text(json.dumps({"frames": frames}))
+  seen.clear()
+  synthesize.synthesize(run.path, *recordings[1], camera=tmp_path / "path.json")
+  np.testing.assert_allclose([camera.viewmat for camera in seen], orbited)
+  seen.clear()
+  synthesize.synthesize(run.path, *recordings[1], movement="generated")
+  turned = [np.abs(a.viewmat - b).max() for a, b in zip(seen, orbited, strict=True)]
+  assert turned[0] < 1e-6 and min(turned[2:]) > 1e-3  # the orbit begins in the clip's view
+
+
+def test_a_film_without_background_is_clear_where_the_head_is_not(run, tmp_path):
+  media.write_wav(tmp_path / "in.wav", speech(0.4))
+  made = synthesize.synthesize(
+    run.path, tmp_path / "in.wav", tmp_path / "out.mov", background="alpha", blinks=False)
+  with av.open(str(made.path)) as container:
+    shown = np.stack([f.to_ndarray(format="rgba") for f in container.decode(video=0)])
+  assert shown.shape == (10, 32, 40, 4) and len(media.read_audio(made.path)) == 6400
+  assert provenance.verify(made.path).holds
+  opacity = shown[..., 3:] / 255.0
+  assert opacity.min() == 0 and opacity.max() > 0.9
+  # Laid over white it is the film on white.
+  synthesize.synthesize(
+    run.path, tmp_path / "in.wav", tmp_path / "out.mp4", background="white", blinks=False)
+  over = shown[..., :3] * opacity + 255 * (1 - opacity)
+  assert np.abs(over - pictures(tmp_path / "out.mp4")).mean() < 6
+  assert np.abs(255 - pictures(tmp_path / "out.mp4")).mean() > 20
+
+
 def spoil(tmp_path):
   silent, nothing, text = tmp_path / "silent.wav", tmp_path / "none.wav", tmp_path / "text.wav"
   media.write_wav(silent, np.zeros(16_000, np.float32))
@@ -177,6 +243,10 @@ def spoil(tmp_path):
   yield good, {"subject": tmp_path / "moved"}, "--subject"
   yield good, {"uncertainty": tmp_path / "out.mp4"}, "named twice"
   yield good, {"uncertainty": tmp_path / "out.avi"}, "does not end in .mp4"
+  yield good, {"background": "alpha"}, "does not end in .mov"
+  yield good, {"orbit": 10.0, "camera": good}, "exclude each other"
+  yield good, {"orbit": 360.0}, "0 to 180 degrees"
+  yield good, {"camera": good}, "is no JSON"
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path):

@@ -9,7 +9,7 @@ m windows, w steps of a window, d channels of a step.
 librosa is imported where it is called: reading this module's names costs nothing without it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -155,7 +155,7 @@ def spectrogram(
   import librosa
 
   magnitude = _magnitude(wav)
-  loudest = magnitude.max() if peaks is None else np.float32(peaks.magnitude)
+  loudest: Any = magnitude.max() if peaks is None else np.float32(peaks.magnitude)
   if loudest < 1e-5:
     return np.full((SPECTRUM_BINS, magnitude.shape[1]), SILENT_DB, np.float32)
   db = librosa.amplitude_to_db(magnitude, ref=loudest, amin=1e-5, top_db=None)
