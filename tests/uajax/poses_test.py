@@ -51,23 +51,23 @@ def test_the_walk_stays_in_the_longest_whole_stretch():
 
 def test_a_recut_moves_as_smoothly_as_the_clip_and_does_not_return():
   cameras, ids = clip(), np.arange(FRAMES)
-  course = poses.recut(5000, ids, cameras, np.zeros(3), np.random.default_rng(0))
-  assert all(len(part) == 5000 for part in course)
+  course = poses.recut(3000, ids, cameras, np.zeros(3), np.random.default_rng(0))
+  assert all(len(part) == 3000 for part in course)
   assert course.main.min() >= 0 and max(course.main.max(), course.other.max()) < FRAMES
   own, made = poses._seen(cameras, np.zeros(3)), film(course, cameras)
   pace = lambda x: np.abs(np.diff(x, axis=0)).mean(1)
   assert pace(made).max() < 1.5 * pace(own).max()  # no jump
   assert own.min() - 0.1 <= made.min() and made.max() <= own.max() + 0.1  # nothing unseen
   # The walk is the same again after twice the clip; the recut is nowhere the same as before.
-  walked = film(poses.steady(poses.walk(5000, ids)), cameras)
+  walked = film(poses.steady(poses.walk(3000, ids)), cameras)
   again = lambda x, lag: np.abs(x[lag:] - x[:-lag]).mean()
   usual = np.abs(own - own.mean(0)).mean()
-  lags = range(100, 2400, 2)
+  lags = range(100, 1400, 2)
   assert min(again(walked, lag) for lag in lags) < 0.01 * usual
   assert min(again(made, lag) for lag in lags) > 0.5 * usual
-  assert len(np.unique(course.main)) > 0.8 * FRAMES
-  same = poses.recut(5000, ids, cameras, np.zeros(3), np.random.default_rng(0))
-  other = poses.recut(5000, ids, cameras, np.zeros(3), np.random.default_rng(1))
+  assert len(np.unique(course.main)) > 0.7 * FRAMES
+  same = poses.recut(3000, ids, cameras, np.zeros(3), np.random.default_rng(0))
+  other = poses.recut(3000, ids, cameras, np.zeros(3), np.random.default_rng(1))
   np.testing.assert_array_equal(course.main, same.main)
   assert (course.main != other.main).mean() > 0.5
 
