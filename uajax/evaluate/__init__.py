@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 
 PICTURES = 6  # rows of the contact sheet
 WORST = 5  # frames named in the report
-# Rows of the page's pictures of bad frames, by what they are worst in, and whether large is bad.
-SHOWN_WORST = (("psnr_db", 3, False), ("mouth_psnr_db", 3, False), ("mouth_lmd_px", 3, True))
+# Bad frames that the page shows: worst in what, how many, whether large is bad, how it is written.
+SHOWN_WORST = (
+  ("psnr_db", 3, False, "PSNR {:.2f} dB"), ("mouth_psnr_db", 3, False, "PSNR of mouth {:.2f} dB"),
+  ("mouth_lmd_px", 3, True, "LMD of mouth {:.2f} px"),
+)  # fmt: skip
 DRIFT = 0.02  # share by which two films may differ in length
 LPIPS_MIN_PX = 64  # AlexNet wants more than a few pixels
 MOUTH_PX = 96  # to which the mouth is scaled for LPIPS
@@ -502,17 +505,17 @@ class _Shown:
     self._at = set(np.round(even).astype(int).tolist())
     self._count = 0
     self._rows: list[tuple] = []
-    self._worst: dict[str, list[tuple]] = {name: [] for name, _, _ in SHOWN_WORST}
+    self._worst: dict[str, list[tuple]] = {name: [] for name, *_ in SHOWN_WORST}
 
   def add(self, number: int, truth: np.ndarray, render: np.ndarray, row: Measures) -> None:
     shown = (truth, render, f"frame {number}  {row['psnr_db']:.2f} dB")
     if self._count in self._at:
       self._rows.append(shown)
     self._count += 1
-    for name, most, large in SHOWN_WORST:
+    for name, most, large, text in SHOWN_WORST:
       if name in row:
         worst = self._worst[name]
-        label = f"{shown[2]}  worst by {name}: {row[name]:.2f}"
+        label = f"frame {number}  among the worst: {text.format(row[name])}"
         worst.append((-row[name] if large else row[name], (truth, render, label)))
         worst.sort(key=lambda entry: entry[0])
         del worst[most:]
