@@ -638,7 +638,7 @@ def _pictures(steps: _Steps, plan: Plan, read: Read, each: workers.Run) -> None:
     **{name: np.concatenate([p[name] for p in found])
        for name in ("overlaps", "steadiness", "jaws")},
     **{name: np.concatenate([p[name] for p in seen])
-       for name in ("shares", "teeth", "reds")},
+       for name in ("shares", "teeth", "reds", "gaps")},
   )  # fmt: skip
 
 
@@ -668,7 +668,8 @@ def _write(steps, out, info, plan: Plan, read: Read, tracked: track.Track, speec
   speech = np.pad(speech[:length], (0, max(length - len(speech), 0)))
   head = track.unproject(read.points[:, :, :2], tracked, plan.size, plan.size)
   measures = action_units.measure(head)
-  measures.red[used] = layers["reds"] * measures.width[used] / 2  # exacter than the landmarks
+  for lengths, name in ((measures.red, "reds"), (measures.gap, "gaps")):
+    lengths[used] = layers[name] * measures.width[used] / 2  # exacter than the landmarks
   offset = action_units.find_offset(measures, speech, used)
   move = settings.av_offset
   if move is None:

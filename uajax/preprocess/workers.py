@@ -263,7 +263,8 @@ def pictures(
 ) -> int:
   """Writes a piece's files into the picture folders of `into`; returns the number of frames.
 
-  Saved beside: each class's share of the picture, whether it shows teeth, and lips.measure_reds.
+  Saved beside: each class's share of the picture, whether it shows teeth, lips.measure_reds and
+  lips.measure_gaps.
   """
   plate = np.load(plate_file, allow_pickle=False)
   known = load(lips_file)
@@ -296,7 +297,7 @@ def pictures(
     folder.write_pictures(into, f, content)
   save(
     result(into, piece), shares=np.stack(shares), teeth=np.array(with_teeth),
-    reds=lips.measure_reds(charts, edges),
+    reds=lips.measure_reds(charts, edges), gaps=lips.measure_gaps(edges),
   )  # fmt: skip
   return piece.end - piece.begin
 

@@ -7,22 +7,24 @@ SIZE, HALF = 128, 40.0
 FRAMES = 30
 
 
-def draw(gap, behind, rng):
+def draw(gap, behind, rng, lit=0.0):
   """A mouth `gap` pixels open, the pixels' true inner edges, and landmarks that miss these.
 
-  Lips darken towards their edges; `behind` is the colour of what lies inside.
+  Lips darken towards their edges; `behind` is the colour of what lies inside, and
+  of the lower lip's upper `lit` pixels.
   """
   r, c = (np.mgrid[: 2 * SIZE, : 2 * SIZE] + 0.5) / 2
   t = (c - SIZE / 2) / HALF
   bow = np.sqrt(np.clip(1 - t**2, 0, 1))
   upper, lower = SIZE / 2 - gap / 2 * bow, SIZE / 2 + gap / 2 * bow
   rim_up, rim_low = upper - 12 * bow, lower + 14 * bow
-  depth = np.where(r < (upper + lower) / 2, upper - r, r - lower)  # into the lip
+  seen = lower + lit * bow
+  depth = np.where(r < (upper + lower) / 2, upper - r, r - seen)  # into the lip
   image = np.zeros((2 * SIZE, 2 * SIZE, 3)) + (210, 150, 120)
   red = (np.abs(t) < 1) & (r > rim_up) & (r < rim_low)
   shade = 1 - 0.55 * np.exp(-np.clip(depth, 0, None) / 2.5)
   image[red] = (np.array([190, 95, 90]) * shade[..., None])[red]
-  inside = (np.abs(t) < 1) & (r > upper) & (r < lower)
+  inside = (np.abs(t) < 1) & (r > upper) & (r < seen)
   image[inside] = behind
   image = image.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3)) + rng.normal(0, 2, (SIZE, SIZE, 3))
 
@@ -53,6 +55,13 @@ def film():
   return np.stack(images), np.stack(points), np.array(gaps)
 
 
+@pytest.fixture(scope="module")
+def look(film):
+  images, points, _ = film
+  return lips.learn(lips.join([lips.chart(images[:15], points[:15]),
+                               lips.chart(images[15:], points[15:])]))  # fmt: skip
+
+
 def miss(edges, gaps, some):
   """Mean distance in pixels from the true edges in the middle of the mouth."""
   bow = np.sqrt(np.clip(1 - lips.ACROSS**2, 0, 1))
@@ -61,11 +70,9 @@ def miss(edges, gaps, some):
   return HALF * off.mean()
 
 
-def test_edges_are_found_that_landmarks_miss(film):
+def test_edges_are_found_that_landmarks_miss(film, look):
   images, points, gaps = film
   charts = lips.chart(images, points)
-  look = lips.learn(lips.join([lips.chart(images[:15], points[:15]),
-                               lips.chart(images[15:], points[15:])]))  # fmt: skip
   found = lips.find(charts, look)
   is_open = gaps > 3
   assert look is not None and miss(charts.inner, gaps, is_open) > 1.0
@@ -79,12 +86,23 @@ def test_edges_are_found_that_landmarks_miss(film):
   np.testing.assert_allclose(alone[0], found[5], atol=1e-6)
 
 
+def test_a_lip_lit_like_a_tongue_is_not_taken_for_the_inside(look):
+  lit = [draw(gap, (150, 70, 70), np.random.default_rng(4), lit=6.0) for gap in (8, 10)]
+  charts = lips.chart(*(np.stack(x) for x in list(zip(*lit, strict=True))[:2]))
+  found = lips.find(charts, look)
+  middle = np.abs(lips.ACROSS) < 0.5
+  left = (charts.outer - found)[:, 1, middle].mean()
+  assert left > 0.8 * (charts.outer - charts.inner)[:, 1, middle].mean()
+
+
 def test_reds_and_outlines_are_in_pixels(film):
   images, points, gaps = film
   some = slice(2, 6)
   charts = lips.chart(images[some], points[some])
   truth = np.stack([charts.outer[:, 0] + 12 / HALF, charts.outer[:, 1] - 14 / HALF], 1)
   assert HALF * lips.measure_reds(charts, truth) == pytest.approx(13, abs=0.1)
+  apart = np.stack([-gaps[some], gaps[some]], 1)[..., None] / 2 / HALF
+  assert HALF * lips.measure_gaps(np.tile(apart, lips.COLUMNS)) == pytest.approx(gaps[some])
   polygons = lips.outline(charts, charts.inner)
   assert polygons[..., 0].min() > SIZE / 2 - HALF and polygons[..., 0].max() < SIZE / 2 + HALF
   for polygon, p in zip(polygons, points[some], strict=True):

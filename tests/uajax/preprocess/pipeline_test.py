@@ -108,6 +108,7 @@ def test_the_folder_reads_as_a_subject(subject):
   assert not (out / "parsing" / "22.png").exists()
   assert (train.frames.camera.viewmat[:, 2, 3] > 0.3).all()
   assert folder.read_expression(out).shape == (FRAMES, 64)
+  assert report["face"]["frames_lips_shut"]  # as they are in two seconds of speech
   gaze = np.loadtxt(out / "gaze.csv", delimiter=",", skiprows=1)
   assert gaze[:, 0].tolist() == list(range(FRAMES)) and 1 < np.abs(gaze[:, 1:]).max() < 30
 
