@@ -546,7 +546,8 @@ def listener(run, weights, file):
         f"{file} has {len(windows)} windows, the recording lasts {frames} frames: make them of "
         "the same recording"
       )
-    return windows[:frames]
+    short = max(frames - len(windows), 0)  # silent, as beyond any recording's end (method.md D.1)
+    return np.pad(windows[:frames], ((0, short), (0, 0), (0, 0)))
 
   return given
 

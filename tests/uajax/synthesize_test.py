@@ -291,7 +291,7 @@ def test_speech_is_heard_as_the_subject_was(subject, tmp_path):
   np.save(tmp_path / "windows.npy", windows)
   say("b.mp4", audio_windows=tmp_path / "windows.npy")
   np.testing.assert_array_equal(pictures(tmp_path / "a.mp4"), pictures(tmp_path / "b.mp4"))
-  np.save(tmp_path / "windows.npy", np.zeros_like(windows))
+  np.save(tmp_path / "windows.npy", np.zeros_like(windows[:-2]))
   say("c.mp4", audio_windows=tmp_path / "windows.npy")
   assert (pictures(tmp_path / "a.mp4") != pictures(tmp_path / "c.mp4")).any()
   np.save(tmp_path / "windows.npy", np.zeros((30, 2, tiny_model.HIDDEN)))
