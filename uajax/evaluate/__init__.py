@@ -45,7 +45,7 @@ SHOWN_WORST = (
 DRIFT = 0.02  # share by which two films may differ in length
 LPIPS_MIN_PX = 64  # AlexNet wants more than a few pixels
 MOUTH_PX = 96  # to which the mouth is scaled for LPIPS
-VGG_FRAMES = 64  # evenly spread; VGG-16 takes seconds a frame on a CPU
+VGG_FRAMES = 32  # evenly spread; VGG-16 takes seconds a frame on a CPU
 LANDMARKER = "face_landmarker.task"
 
 Measures = dict[str, float]
