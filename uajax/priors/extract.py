@@ -74,6 +74,7 @@ SMALL = ExtractConfig(  # seconds on two cores, for demos and tests
   lip=LipConfig(
     width=8,
     residuals=(0, 1, 1, 0),
+    centres=512,
     fit=FitConfig(steps=500, batch=40, rate=5e-3, block=50, patience=3, averaging=0.98),
   ),
   style=StyleConfig(
@@ -158,7 +159,7 @@ def train(
     UserError: a file is missing, damaged or does not fit the others.
   """
   path = pathlib.Path(subject)
-  material = _read(path)
+  material = read(path)
   provenance = _provenance(material, settings, corpus is not None)
   extractors = None
   if (path / FOLDER / "extractors.json").exists():
@@ -446,7 +447,9 @@ def _decode(kind, value):
 # Reading a subject
 
 
-class _Material(NamedTuple):
+class Material(NamedTuple):
+  """What a subject folder teaches from; T frames of the video."""
+
   wav: np.ndarray
   expression: np.ndarray  # [T 64]
   ratio: np.ndarray  # [T]
@@ -455,7 +458,12 @@ class _Material(NamedTuple):
   digests: dict[str, str]
 
 
-def _read(path: pathlib.Path) -> _Material:
+def read(path: pathlib.Path) -> Material:
+  """What a subject teaches from.
+
+  Raises:
+    UserError: a file is missing, damaged or does not fit the others.
+  """
   from uajax import media
   from uajax.data import folder
 
@@ -491,7 +499,7 @@ def _read(path: pathlib.Path) -> _Material:
   names = ("aud.wav", "expression.npy", "track_params.pt", "emotion.csv", "au.csv")
   digests = {n: _digest((path / n).read_bytes()) for n in names if (path / n).exists()}
   digests["splits"] = _digest(b"".join(i.astype("<i8").tobytes() + b"|" for i in ids.values()))
-  return _Material(wav, tracked, _eye_closure(path, len(tracked)), emotions, ids, digests)
+  return Material(wav, tracked, _eye_closure(path, len(tracked)), emotions, ids, digests)
 
 
 def _eye_closure(path: pathlib.Path, frames: int) -> Float[np.ndarray, " f"]:
@@ -512,7 +520,7 @@ def _eye_closure(path: pathlib.Path, frames: int) -> Float[np.ndarray, " f"]:
   return ratio
 
 
-def _provenance(material: _Material, settings: ExtractConfig, corpus: bool) -> dict:
+def _provenance(material: Material, settings: ExtractConfig, corpus: bool) -> dict:
   return {
     "version": VERSION,
     "digests": material.digests,
@@ -539,7 +547,7 @@ def _checked(wav, tracked, label, intensity) -> CorpusItem:
 
 
 def _learn(
-  material: _Material, items: Sequence[CorpusItem], settings: ExtractConfig, provenance: dict
+  material: Material, items: Sequence[CorpusItem], settings: ExtractConfig, provenance: dict
 ) -> Extractors:
   own_learn, own_judge = _split(material, settings.held_out)
   spare = _spare(items)
@@ -611,7 +619,7 @@ class _Felt(NamedTuple):
 
 
 def _learn_emotion(
-  material: _Material,
+  material: Material,
   items: Sequence[CorpusItem],
   spare: Sequence[bool],
   own_learn: np.ndarray,
@@ -703,7 +711,7 @@ def _pure(
   return means.max(axis=1) >= 0.999 * np.maximum(means.sum(axis=1), 1e-6)
 
 
-def _split(material: _Material, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+def _split(material: Material, held_out: float) -> tuple[np.ndarray, np.ndarray]:
   """Which frames of the subject teach, and which of the training frames say when to stop."""
   ids = np.sort(material.ids["train"])
   tail = min(len(ids) - 1, max(1, round(held_out * len(ids))))
@@ -760,7 +768,7 @@ def _lessons(recordings: Sequence[tuple], person: Scale, lead: int) -> Lessons:
 # The subject's feature files
 
 
-def _write_features(path: pathlib.Path, material: _Material, extractors: Extractors) -> None:
+def _write_features(path: pathlib.Path, material: Material, extractors: Extractors) -> None:
   """Writes the features of both splits, unless those there are exactly these.
 
   Also as .pth, which the official code reads, unless there are such that are not ours.

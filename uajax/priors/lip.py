@@ -2,14 +2,15 @@
 
 It hears 200 ms of mel and knows the person's resting expression and how far the eyes are shut; it
 answers with 64 expression coefficients, f_exp. Trained per person against tracked expression, in
-units where every coefficient of the person has mean 0 and variance 1.
+units where every coefficient of the person has mean 0 and variance 1. Where speech is scarce, half
+of the answer is a kernel machine's (uajax.priors.kernel).
 
 Axes: f frames, r runs of consecutive frames, k frames of a run.
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uajax.priors import kernel
 from uajax.priors.fit import FitConfig, Fitted, Params, fit, in_batches, random_key
 from uajax.types import EXPRESSION
 
@@ -39,6 +41,10 @@ class LipConfig:
   # lips: they are closed in few frames (procedural person, mean correlation of the mouth's eight
   # controls on new sentences, 300 steps: 0.78 at 0.5, 0.88 at 2, 0.89 at 5).
   square_weight: float = 4.0
+  # Windows that a kernel machine remembers, whose answer is averaged with the network's; 0: none.
+  # One minute of a real speaker, two blocks of 14 s of it left out, mean correlation of mouth and
+  # jaw: network 0.56, kernel machine 0.56, their mean 0.59; ridge regression 0.53.
+  centres: int = 0
   fit: FitConfig = FitConfig()
 
 
@@ -149,7 +155,7 @@ def train(
 ) -> Fitted:
   """Fits the Lip Expert: L1 of the coefficients and of their change from frame to frame.
 
-  The score is the mean absolute error over the frames to judge by.
+  The score is the network's mean absolute error over the frames to judge by.
   """
   net = LipExpert(config)
   learn = lessons.runs(RUN, lessons.learn)
@@ -183,16 +189,29 @@ def train(
   judged = np.flatnonzero(lessons.judge)
   held_out = (lessons.windows(judged), lessons.ratio[judged], lessons.expression[judged])
   params = initialise(config, seed)
-  return fit(
+  params.pop("kernel", None)
+  fitted = fit(
     loss, params, draw, config.fit, seed=seed, label="Lip Expert", score=score, held_out=held_out
   )
+  if not config.centres:
+    return fitted
+  frames = np.flatnonzero(lessons.learn | lessons.judge)
+  known = kernel.solve(
+    lessons.windows, lessons.expression, frames, lessons.odds(frames), config.centres, augment,
+    random_key(seed),
+  )  # fmt: skip
+  return fitted._replace(params={**fitted.params, "kernel": known})
 
 
 def initialise(config: LipConfig, seed: int) -> Params:
   """Parameters as drawn, before any training."""
   init = jax.jit(LipExpert(config).init)
   mel = jnp.zeros((1, 80, 16))
-  return init(random_key(seed), mel, jnp.zeros(EXPRESSION), jnp.zeros(1))["params"]
+  params = init(random_key(seed), mel, jnp.zeros(EXPRESSION), jnp.zeros(1))["params"]
+  if config.centres:
+    machine = kernel.KernelMachine(config.centres)
+    params = {**params, "kernel": machine.init(random_key(seed), mel)["params"]}
+  return params
 
 
 def express(
@@ -210,4 +229,9 @@ def express(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _express(params, mel, ref, ratio, config):
-  return LipExpert(config).apply({"params": params}, mel, ref, ratio)
+  net = {k: v for k, v in params.items() if k != "kernel"}
+  said: Any = LipExpert(config).apply({"params": net}, mel, ref, ratio)
+  if config.centres:
+    liked: Any = kernel.KernelMachine(config.centres).apply({"params": params["kernel"]}, mel)
+    said = (said + liked) / 2
+  return said

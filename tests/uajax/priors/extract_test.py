@@ -10,7 +10,7 @@ import pytest
 from uajax import media, torchfile
 from uajax.emotion import control
 from uajax.errors import UserError
-from uajax.priors import extract
+from uajax.priors import extract, heldout
 
 FRAMES, TRAIN = 200, 180
 
@@ -132,6 +132,22 @@ def test_what_the_official_code_reads_is_written_too_but_never_over_what_others_
   assert (torchfile.load(pth) == 1).all()
 
 
+def test_speech_held_out_is_judged_by_what_was_never_taught(subject, extractors, tmp_path, capsys):
+  assert heldout.main([str(subject), "--out", str(tmp_path / "figures.json")]) == 0
+  (figures,) = json.loads((tmp_path / "figures.json").read_text())["groups"].values()
+  ours, ridge = figures["Lip Expert"]["correlation"], figures["ridge"]["correlation"]
+  assert ours > 0.8 and ridge > 0.8 and figures["mean"]["correlation"] == 0
+  assert f"{ours:.3f}" in capsys.readouterr().out
+  # A subject whose held-out expression is another: these extractors are not its own.
+  other = shutil.copytree(subject, tmp_path / "other")
+  tracked = np.load(other / "expression.npy")
+  tracked[TRAIN:] *= -1
+  np.save(other / "expression.npy", tracked)
+  assert heldout.main([str(other)]) == 1 and "extract` again" in capsys.readouterr().err
+  shutil.rmtree(other / "extractors")
+  assert heldout.main([str(other)]) == 1 and "no extractors" in capsys.readouterr().err
+
+
 def test_unchanged_it_is_not_trained_again(subject, extractors, monkeypatch):
   monkeypatch.setattr(extract, "_learn", lambda *_: pytest.fail("trained again"))
   before = (subject / "mser_emotion_val.npz").stat().st_mtime_ns
@@ -206,7 +222,7 @@ def test_damaged_extractors_are_refused(tmp_path, extractors):
 
 
 def test_a_clip_without_labels_says_that_it_teaches_no_emotion(tmp_path):
-  material = extract._read(write_subject(tmp_path / "plain", emotion=False))
+  material = extract.read(write_subject(tmp_path / "plain", emotion=False))
   learn, judge = extract._split(material, 0.1)
   felt = extract._learn_emotion(material, [], [], learn, judge, quick(extract.SMALL))
   assert felt.prototypes == {} and felt.labels == ("neutral",)
@@ -215,7 +231,7 @@ def test_a_clip_without_labels_says_that_it_teaches_no_emotion(tmp_path):
 
 
 def test_held_out_frames_teach_nothing(subject):
-  material = extract._read(subject)
+  material = extract.read(subject)
   learn, judge = extract._split(material, 0.1)
   assert not (learn | judge)[TRAIN:].any() and (learn ^ judge)[:TRAIN].all()
   assert judge[TRAIN - 18 : TRAIN].all() and learn[: TRAIN - 18].all()
