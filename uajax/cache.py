@@ -6,6 +6,8 @@ other's. What is done here is to choose the folder, to bound it (JAX's own bound
 package and a lock at every read), and to say at most once that it cannot be used.
 """
 
+import contextlib
+import importlib
 import logging
 import os
 import pathlib
@@ -13,6 +15,7 @@ import warnings
 import zlib
 
 LIMIT_BYTES = 2 * 2**30
+ZSTD = b"\x28\xb5\x2f\xfd"  # how its frames begin
 _log = logging.getLogger("uajax")
 
 
@@ -91,10 +94,25 @@ def _files(folder: pathlib.Path) -> list[tuple[float, int, pathlib.Path]]:
 def _is_torn(path: pathlib.Path) -> bool:
   """Whether a compressed program ends too early. JAX would stumble over it at every start."""
   content = path.read_bytes()
-  if content[:1] not in (b"", b"\x78"):  # not by zlib: JAX prefers another packer if it has one
+  if content[:4] == ZSTD:
+    return _is_torn_zstd(content)
+  if content[:1] not in (b"", b"\x78"):  # not by zlib either
     return False
   try:
     zlib.decompress(content)
   except zlib.error:
     return True
   return False
+
+
+def _is_torn_zstd(content: bytes) -> bool:
+  """The same of what JAX packs where it finds zstandard, or in Python from 3.14 on."""
+  for name in ("compression.zstd", "zstandard"):
+    with contextlib.suppress(ImportError):
+      packer = importlib.import_module(name)
+      try:
+        packer.decompress(content)
+      except packer.ZstdError:
+        return True
+      return False
+  return False  # nor can JAX read it
