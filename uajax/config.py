@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 Audio = Literal["mel", "phones", "deepspeech", "esperanto", "hubert", "wav2vec2"]  # speech.encoders
+Modality = Literal["audio", "content", "style", "emotion"]  # what an ensemble goes by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Motion:
   audio_code: int = 32
   planes: Planes = Planes()
   emotion_planes: Planes = Planes(features=64, multiples=(1, 2, 4))
+  # The paper's ablation: without content and style (Prior Extraction), without emotion (Emotion
+  # Distillation). The mouth has no emotion anyway; audio must be among them.
+  modalities: tuple[Modality, ...] = ("audio", "content", "style", "emotion")
+  # Whether members say how sure they are, and modalities count accordingly. Without, members'
+  # answers are averaged and the modalities' joined: the layer after them learns to weigh them.
+  uncertainty: bool = True
   members: int = 10  # T, ensemble members a modality
   hidden: int = 64
   latent: int = 48  # D

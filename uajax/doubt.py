@@ -56,7 +56,8 @@ def measure(
     seed: of the noise.
 
   Raises:
-    UserError: the run or its subject cannot be read; a ratio is not finite.
+    UserError: the run or its subject cannot be read, or it was trained without uncertainty; a
+      ratio is not finite.
   """
   from uajax import runs
 
@@ -65,6 +66,9 @@ def measure(
       raise UserError(f"a signal-to-noise ratio of {snr_db} dB: give finite ones")
   run = runs.open_run(run_path)
   avatar = run.avatar()
+  if not avatar.config.uncertainty:
+    raise UserError(f"{run.path} was trained without uncertainty: train with "
+                    "--model.motion.uncertainty")
   return {
     "run": str(run.path), "trained": run.progress(), "split": split,
     "map": judge_map(run, avatar, split, subject),
@@ -135,7 +139,7 @@ def listen(run, avatar: Avatar, snrs_db: Sequence[float], subject=None, seed: in
 
   Returns:
     a row for the clean speech (snr_db None) and for every ratio: snr_db, and a value for each of
-    models.motion.FACE_MODALITIES.
+    models.motion.FACE_MODALITIES that the avatar has.
   """
   from uajax import media
   from uajax.priors import extract
@@ -161,7 +165,7 @@ def listen(run, avatar: Avatar, snrs_db: Sequence[float], subject=None, seed: in
         speech.emotion[i])))
       doubts.append(doubt(avatar, places, controls))
     rows.append({"snr_db": snr_db} | {
-      name: float(np.mean([found[name] for found in doubts])) for name in FACE_MODALITIES})
+      name: float(np.mean([found[name] for found in doubts])) for name in doubts[0]})
   return rows
 
 
@@ -200,10 +204,11 @@ def describe(report: Mapping) -> str:
     f"{found['error_ratio']:.2f} times the mean",
   ]
   rows = report["noise"]
+  names = [name for name in FACE_MODALITIES if name in rows[0]]
   lines.append("doubt of each modality, clean speech 1:")
-  lines.append("SNR dB" + "".join(f"{name:>10}" for name in FACE_MODALITIES))
+  lines.append("SNR dB" + "".join(f"{name:>10}" for name in names))
   for row in rows:
-    ratios = (row[name] / max(rows[0][name], 1e-30) for name in FACE_MODALITIES)
+    ratios = (row[name] / max(rows[0][name], 1e-30) for name in names)
     noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g}"
     lines.append(f"{noise:>6}" + "".join(f"{ratio:10.3f}" for ratio in ratios))
   return "\n".join(lines)

@@ -35,7 +35,10 @@ from uajax.types import Splats
 
 VERSION = 1
 # Settings that came later, as runs without them were trained.
-_BEFORE: dict[type, dict] = {Weights: {"eyes": 0.0}, Motion: {"ajar": 0.0}}
+_BEFORE: dict[type, dict] = {
+  Weights: {"eyes": 0.0},
+  Motion: {"ajar": 0.0, "modalities": ["audio", "content", "style", "emotion"],
+           "uncertainty": True}}
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read
 _UNNAMED = "orbax-checkpoint-tmp*"  # how Orbax calls a checkpoint that it still writes

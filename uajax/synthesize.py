@@ -155,6 +155,14 @@ def synthesize_all(
     media.check_sound(audio)
   source = open_source(run, "train", subject, priors=False)
   avatar = run.avatar()
+  felt = emotion is not None or emotion_reference is not None or any(
+    span.emotion is not None for span in spans)
+  if felt and "emotion" not in avatar.config.modalities:
+    raise UserError(f"{run.path} was trained without the modality emotion and shows none: leave "
+                    "the emotion out, or train with --model.motion.modalities ... emotion")
+  if uncertainty is not None and not avatar.config.uncertainty:
+    raise UserError(f"{run.path} was trained without uncertainty: leave --uncertainty out, or "
+                    "train with --model.motion.uncertainty")
   extractors = extract.load(run.extractors)
   resolve = functools.partial(control.resolve, extractors)
   for span in spans:

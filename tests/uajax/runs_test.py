@@ -44,6 +44,13 @@ def test_a_run_from_before_the_eyes_were_weighed_is_read_as_it_was_trained():
     config.quick().face.weights)
 
 
+def test_a_run_from_before_modalities_could_be_left_out_has_them_all():
+  values = runs.encode(config.quick())
+  for name in ("modalities", "uncertainty"):
+    del values["model"]["motion"][name]
+  assert runs.decode(config.Experiment, values, "run.json: experiment") == config.quick()
+
+
 def write(path, **record):
   path.mkdir(exist_ok=True)
   (path / "run.json").write_text(json.dumps(record))

@@ -7,7 +7,8 @@ What a modality contributes the same to every splat of a frame never meets the s
 the first layer as a bias, and what only scales features scales that layer's weights (C.6 a, b).
 
 Axes: n splats, m modalities, k members (T of them, or 1 where one is picked), h hidden,
-z latent, a answers (2 z), f features of a modality that vary over splats, c features that do not.
+z latent, a answers (2 z; z where nobody doubts), f features of a modality that vary over splats,
+c features that do not.
 """
 
 from collections.abc import Callable
@@ -46,24 +47,29 @@ class Ensemble(nn.Module):
   members: int
   hidden: int
   latent: int
+  doubting: bool = True  # answer with log-variances, too
 
   @nn.compact
   def __call__(self, x: Modality, member: Int[Array, ""] | None) -> Float[Array, "k a n"]:
-    """Returns means and below them log-variances, splats last: as the fusion's kernels read."""
+    """Returns means and below them log-variances (a = 2 z), splats last: as kernels.fusion reads.
+
+    Without doubt there are means alone (a = z).
+    """
     fixed = 0 if x.constant is None else x.constant.shape[0]
     first = self._layer("hidden", fixed + x.varying.shape[1], self.hidden, member)
-    mean = self._layer("mean", self.hidden, self.latent, member)
-    log_var = self._layer("log_var", self.hidden, self.latent, member)
+    read = self._layer("mean", self.hidden, self.latent, member)
+    if self.doubting:
+      log_var = self._layer("log_var", self.hidden, self.latent, member)
+      read = Layer(*(jnp.concatenate(pair, -1) for pair in zip(read, log_var, strict=True)))
     bias = first.bias
     if x.constant is not None:
       bias = bias + jnp.einsum("c,kch->kh", x.constant, first.kernel[:, :fixed])
     kernel = first.kernel[:, fixed:]
     if x.gain is not None:
       kernel = kernel * x.gain[None, :, None]
-    read = (jnp.concatenate(pair, -1) for pair in zip(mean, log_var, strict=True))
     # The hidden layers are the widest of all that a frame computes, and cheap to have again.
     ask: Callable[..., Array] = jax.checkpoint(_ask)
-    return ask(x.varying, Layer(kernel, bias), Layer(*read))
+    return ask(x.varying, Layer(kernel, bias), read)
 
   def _layer(self, name: str, inputs: int, outputs: int, member) -> Layer:
     init = within(inputs**-0.5)
@@ -101,7 +107,7 @@ class Ensembles(nn.Module):
   ) -> list[Float[Array, "k a n"]]:
     """Returns each modality's answers."""
     take = self.config
-    return [Ensemble(take.members, take.hidden, take.latent, name=name)(
+    return [Ensemble(take.members, take.hidden, take.latent, take.uncertainty, name=name)(
               x, None if members is None else members[i])
             for i, (name, x) in enumerate(modalities.items())]
 
@@ -121,6 +127,8 @@ class UncertaintyFusion(nn.Module):
   ) -> tuple[Float[Array, "n g"], Fused]:
     """Returns the code that the heads read, and the fused belief.
 
+    Without uncertainty the belief is all the modalities' answers side by side, held for certain.
+
     Args:
       modalities: by name; their order is the order of `members`.
       points: what is known of the positions, joined to the fused mean.
@@ -129,7 +137,12 @@ class UncertaintyFusion(nn.Module):
     """
     take = self.config
     answers = Ensembles(take, name="ensembles")(modalities, members)
-    fused = fuse_answers(answers, limit=take.log_var_limit, ddof=take.ddof,
-                         implementation=self.implementation)
+    if take.uncertainty:
+      fused = fuse_answers(answers, limit=take.log_var_limit, ddof=take.ddof,
+                           implementation=self.implementation)
+    else:
+      joined = jnp.concatenate([answer.mean(0) for answer in answers]).T
+      certain = jnp.zeros(joined.shape[0], joined.dtype)
+      fused = Fused(joined, certain, certain)
     code = Linear(take.features, name="fuse")(jnp.concatenate([fused.mean, points], -1))
     return code, fused

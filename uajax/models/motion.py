@@ -3,6 +3,7 @@
 The first keys of the parameter trees are the groups that an optimiser tells apart:
 `planes`, `audio`, `audio_attention`, `fusion`, `mean_head` in both, and in the face
 `audio_channels`, `eye_attention`, `expression`, `emotion`, `rotation_head`, `scale_head`.
+A modality that the config leaves out has no parameters.
 
 Axes: n splats, c channels.
 """
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.fusion import Implementation
 from uajax import types
+from uajax.config import Modality as ModalityName
 from uajax.config import Motion as MotionConfig
 from uajax.errors import UserError
 from uajax.models.audio import AudioAttention, AudioNet, Linear
@@ -23,13 +25,14 @@ from uajax.models.codebook import EmotionEncoder
 from uajax.models.fusion import Modality, UncertaintyFusion
 from uajax.models.planes import Planes
 
-FACE_MODALITIES = ("audio", "content", "style", "emotion")  # the order of `members`
+# The order of `members`, whichever of them the config names.
+FACE_MODALITIES: tuple[ModalityName, ...] = ("audio", "content", "style", "emotion")
 MOUTH_MODALITIES = FACE_MODALITIES[:3]
 _UNIT = 1e-2  # metres, of the heads' displacements
 
 
 class Places(NamedTuple):
-  """What is known of splats whatever the frame. The mouth has the first alone."""
+  """What is known of splats whatever the frame. What nothing looks at has no columns."""
 
   where: Float[Array, "n p"]  # what the tri-planes say of the positions
   channels: Float[Array, "n c"]  # how much of each channel that is heard they heed
@@ -76,7 +79,8 @@ class FaceMotion(nn.Module):
     # avatar never blink.
     self.audio_channels, self.eye_attention = Gate(32, take.audio_code), Gate(16, 6, positive=True)
     self.expression = Gate(16, 5)
-    self.emotion = EmotionEncoder(take.emotion_planes)
+    if "emotion" in take.modalities:
+      self.emotion = EmotionEncoder(take.emotion_planes)
     self.fusion = UncertaintyFusion(take, self.implementation)
     self.mean_head = Head(3, take.still_heads)
     self.rotation_head = Head(4, take.still_heads)
@@ -94,7 +98,7 @@ class FaceMotion(nn.Module):
       members: the ensemble member to ask a modality (FACE_MODALITIES); None asks all.
 
     Raises:
-      UserError: where the audio windows are not those of the config.
+      UserError: where the audio windows are not those of the config, or its modalities none.
     """
     return self.move(self.places(points), controls, members)
 
@@ -102,13 +106,15 @@ class FaceMotion(nn.Module):
     """All that depends on the positions alone: at inference it is computed once."""
     where = jnp.concatenate(self.planes(points), -1)
     eyes = _ajar(self.eye_attention(where), self.config.ajar)
-    return Places(where, self.audio_channels(where), eyes, self.emotion.features(points))
+    felt = self.emotion.features(points) if "emotion" in self.config.modalities else where[:, :0]
+    return Places(where, self.audio_channels(where), eyes, felt)
 
   def move(
     self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
-    code, fused = self.fusion(self.modalities(places, controls), places.where, members)
+    modalities = self.modalities(places, controls)
+    code, fused = self.fusion(modalities, places.where, _asked(members, modalities))
     return types.Motion(
       d_mean=_UNIT * self.mean_head(code),
       d_quat=self.rotation_head(code),
@@ -119,17 +125,20 @@ class FaceMotion(nn.Module):
     )
 
   def modalities(self, places: Places, controls: types.Controls) -> dict[str, Modality]:
-    """What each of FACE_MODALITIES has to go by."""
+    """What each of FACE_MODALITIES that the config names has to go by."""
+    names = _named(self.config, FACE_MODALITIES)
     heard = _hear(self, controls)
     face = self.expression(controls.action_units[:5])
     face = jnp.concatenate([face, controls.action_units[5:]])
     where, channels, eyes, felt = places
-    return {
+    inputs = {
       "audio": Modality(jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)),
       "content": Modality(where, constant=controls.f_exp),
       "style": Modality(where, constant=controls.f_tone),
-      "emotion": Modality(felt, self.emotion.code(controls.emotion)),
     }
+    if "emotion" in names:
+      inputs["emotion"] = Modality(felt, self.emotion.code(controls.emotion))
+    return {name: inputs[name] for name in names}
 
 
 class MouthMotion(nn.Module):
@@ -149,9 +158,9 @@ class MouthMotion(nn.Module):
     self,
     points: Float[Array, "n 3"],
     controls: types.Controls,
-    members: Int[Array, " m"] | None = None,
+    members: Int[Array, " 4"] | None = None,
   ) -> types.Motion:
-    """As `FaceMotion`, of three modalities (MOUTH_MODALITIES): a fourth of `members` is ignored."""
+    """As `FaceMotion`, of three modalities (MOUTH_MODALITIES): the emotion's member is ignored."""
     return self.move(self.places(points), controls, members)
 
   def places(self, points: Float[Array, "n 3"]) -> Places:
@@ -164,13 +173,11 @@ class MouthMotion(nn.Module):
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
     where = places.where
-    modalities = {
-      "audio": Modality(where, constant=_hear(self, controls)),
-      "content": Modality(where, constant=controls.f_exp),
-      "style": Modality(where, constant=controls.f_tone),
-    }
-    members = None if members is None else members[: len(modalities)]
-    code, fused = self.fusion(modalities, where, members)
+    constants = {"audio": _hear(self, controls), "content": controls.f_exp,
+                 "style": controls.f_tone}
+    modalities = {name: Modality(where, constant=constants[name])
+                  for name in _named(self.config, MOUTH_MODALITIES)}
+    code, fused = self.fusion(modalities, where, _asked(members, modalities))
     d_mean = _UNIT * self.mean_head(code)
     splats = where.shape[0]
     return types.Motion(
@@ -181,6 +188,23 @@ class MouthMotion(nn.Module):
       aleatoric=fused.aleatoric,
       epistemic=fused.epistemic,
     )
+
+
+def _named(config: MotionConfig, known: tuple[ModalityName, ...]) -> tuple[ModalityName, ...]:
+  """Those of `known` that the config names; UserError where it names audio not, or one twice."""
+  named = config.modalities
+  if "audio" not in named or len(set(named)) < len(named):
+    raise UserError(f"model.motion.modalities is ({', '.join(named)}): give audio, and with it any "
+                    "of content, style and emotion, each once")
+  return tuple(name for name in known if name in named)
+
+
+def _asked(members: Int[Array, " 4"] | None, modalities: dict[str, Modality]
+           ) -> Int[Array, " m"] | None:
+  """The members of those modalities alone."""
+  if members is None:
+    return None
+  return jnp.stack([members[FACE_MODALITIES.index(name)] for name in modalities])
 
 
 def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[Array, " c"]:

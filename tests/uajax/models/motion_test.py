@@ -69,6 +69,33 @@ def test_groups_of_parameters_bear_the_names_that_the_optimiser_knows(face, poin
   assert set(mouth["params"]) == {"planes", "audio", "audio_attention", "fusion", "mean_head"}
 
 
+@pytest.mark.parametrize("modalities, uncertainty", [
+  (("audio",), False), (("audio", "content", "style"), True), (("emotion", "audio"), False)])
+def test_what_is_left_out_has_no_parameters_and_moves_nothing(points, modalities, uncertainty):
+  net = FaceMotion(dataclasses.replace(SMALL, modalities=modalities, uncertainty=uncertainty))
+  params = jax.jit(net.init)(jax.random.key(0), points, controls())
+  ensembles = params["params"]["fusion"]["ensembles"]
+  assert set(ensembles) == set(modalities)
+  assert ("emotion" in params["params"]) == ("emotion" in modalities)
+  assert all(("log_var_kernel" in one) == uncertainty for one in ensembles.values())
+  ask = jax.jit(net.apply)
+  before = ask(params, points, controls())
+  for name, change in (("content", "f_exp"), ("style", "f_tone"), ("emotion", "emotion")):
+    changed = controls()._replace(**{change: 10 * getattr(controls(), change)})
+    moved = np.abs(ask(params, points, changed).d_quat - before.d_quat).max()
+    assert moved > 1e-6 if name in modalities else moved == 0, name
+  assert (np.asarray(before.aleatoric + before.epistemic) > 0).all() == uncertainty
+  member = ask(params, points, controls(), jnp.array([1, 0, 0, 2]))
+  assert np.abs(member.d_quat - before.d_quat).max() > 1e-6
+
+
+@pytest.mark.parametrize("modalities", [(), ("content",), ("audio", "audio")])
+def test_modalities_without_audio_or_named_twice_are_refused(points, modalities):
+  net = MouthMotion(dataclasses.replace(SMALL, modalities=modalities))
+  with pytest.raises(UserError, match=r"model\.motion\.modalities"):
+    jax.eval_shape(net.init, jax.random.key(0), points, controls())
+
+
 def test_one_member_hears_only_itself(face, points):
   ask, params = face
   members = jnp.array([2, 0, 1, 0])
