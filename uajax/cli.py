@@ -105,6 +105,7 @@ class Train:
   config: Annotated[config.Experiment, arg(name="")]
   preset: Preset = "quick"  # demo: CPU, minutes; quick: a GPU, minutes; paper: as published
   experiment: Path | None = None  # a Python file with get_config() -> Experiment, not a preset
+  consent: str | None = None  # "Jane Doe agreed on ...", kept in the subject folder; else asked for
   frames: Literal["auto", "resident", "streamed"] = "auto"  # on the device, or read as it goes
   coordinator: str | None = None  # HOST:PORT of the first of several processes that train as one,
   processes: int | None = None  # how many there are,
@@ -115,7 +116,7 @@ class Train:
     which = (self.coordinator, self.processes, self.process)
     if None in which and which != (None, None, None):
       raise WrongUse("--coordinator, --processes and --process go together: give all three or none")
-    from uajax import hosts, lpips
+    from uajax import consent, hosts, lpips
     from uajax.train import loop
 
     several = self.distributed or self.coordinator is not None
@@ -124,6 +125,8 @@ class Train:
         perceptual = lpips.load()
       except UserError:
         perceptual = None  # the loop says what follows from that
+      if hosts.is_first():
+        consent.see_to(self.subject, self.consent, _ask if _is_terminal() else None)
       loop.train(
         self.subject, self.workdir, self.config, perceptual=perceptual, frames=self.frames
       )
@@ -652,6 +655,18 @@ def _flatten(box: str) -> str:
   lines = [re.sub(r"[─━╭╮╰╯│┃├┤]+", " ", line).strip() for line in box.splitlines()]
   line = "; ".join(line for line in lines if line)
   return line.replace(":;", ":").replace(",;", ",") or "wrong use: see uajax --help"
+
+
+def _is_terminal() -> bool:
+  """Whether somebody is there to answer a question."""
+  return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
+def _ask(question: str) -> str:
+  """The user's answer; empty at the end of input."""
+  sys.stderr.write(question)
+  sys.stderr.flush()
+  return sys.stdin.readline()
 
 
 def _fail(line: str, status: int) -> int:

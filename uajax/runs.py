@@ -4,6 +4,7 @@
     checkpoints/N/  Orbax: the avatar, the optimiser's state, and where training stands; sums.json
                     holds the SHA-256 of every file
     extractors/     the speech networks the avatar was trained with
+    consent.json    the subject folder's consent note, where it has one
     metrics.jsonl   a line each logging point; events.* the same for TensorBoard
     pictures/       renders beside truth while training
 """

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from uajax import blinks as blinking
-from uajax import direction, poses
+from uajax import consent, direction, poses
 from uajax import provenance as origin
 from uajax.avatar import Avatar, Known, know, render
 from uajax.errors import UserError
@@ -151,6 +151,7 @@ def synthesize_all(
   spans += direction.read(script) if script is not None else []
   credentials = origin.credentials() if provenance else None
   run = runs.open_run(run_path)
+  consented = consent.summarize(run.path)
   for audio, _ in recordings[1:]:  # sooner than after the films before
     media.check_sound(audio)
   source = open_source(run, "train", subject, priors=False)
@@ -223,7 +224,7 @@ def synthesize_all(
       _sign(written, credentials, {
         "run": run.path.name, "run_sha256": origin.digest(run.path / "run.json"),
         "sound_sha256": origin.digest(audio), "emotion": emotion or "as heard",
-        "intensity": intensity if emotion else None})
+        "intensity": intensity if emotion else None, "consent": consented})
     made.append(Film(outs[index], frames, frames / FPS))
   return made
 

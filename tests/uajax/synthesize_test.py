@@ -119,6 +119,7 @@ def test_a_film_is_as_long_as_the_speech_and_sounds_like_it(run, tmp_path):
   for film in (out, doubt):
     verdict = provenance.verify(film)
     assert verdict.holds and verdict.synthesis["run"] == run.path.name
+    assert verdict.synthesis["consent"] == "no note that the person agreed"
 
 
 def test_emotion_and_background_show(run, tmp_path):

@@ -37,7 +37,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from uajax import media, pretrained, saving
+from uajax import consent, media, pretrained, saving
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.preprocess import (
@@ -158,7 +158,7 @@ def run(
     if before["keys"] == keys:
       _say(f"{out} was made of this video with these settings: nothing to do")
       return json.loads((out / "report.json").read_text())
-    _require_untouched(out, before)
+    _require_untouched(out, before, keys)
     redo = [name for name in STEPS if before["keys"].get(name) != keys[name]]
     _say(f"{out} is there already; to do again: {', '.join(redo)}")
   speech = media.read_audio(video, limit_s=(settings.limit_s or LONGEST_S) + 1)
@@ -268,9 +268,14 @@ def _record(out: pathlib.Path) -> dict[str, Any] | None:
   return None
 
 
-def _require_untouched(out: pathlib.Path, record: dict[str, Any]) -> None:
-  """Refuses to replace a subject folder into which somebody has put something."""
+def _require_untouched(out: pathlib.Path, record: dict[str, Any], keys: dict[str, str]) -> None:
+  """Refuses to replace a subject folder into which somebody has put something.
+
+  A consent note is taken along where the person is the same: in the same video.
+  """
   known = {*folder.PICTURES, "steps", *record["files"]}
+  if record["keys"].get("look") == keys["look"]:
+    known.add(consent.FILE)
   for path in sorted(out.iterdir()):
     changed = path.is_file() and path.name in record["files"] and (
       pretrained.digest(path) != record["files"][path.name]
@@ -291,13 +296,14 @@ def _take_up_swap(out: pathlib.Path, work: pathlib.Path, keys: dict[str, str]) -
   free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
   if made is not None and made["keys"] == keys and (free or there is not None):
     if there is not None:
-      _require_untouched(out, there)
+      _require_untouched(out, there, keys)
     _swap(out, work)
 
 
 def _swap(out: pathlib.Path, work: pathlib.Path) -> None:
   """Puts the finished folder into its place, and the work folder away."""
   if out.exists() and any(out.iterdir()):
+    consent.keep(out, work / "subject")
     shutil.rmtree(work / "replaced", ignore_errors=True)
     os.replace(out, work / "replaced")
   os.replace(work / "subject", out)

@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 from jax.sharding import NamedSharding, PartitionSpec
 
-from uajax import hosts, metrics, runs, saving
+from uajax import consent, hosts, metrics, runs, saving
 from uajax.avatar import Avatar, Layer, init_motion, render
 from uajax.config import Experiment, Stage
 from uajax.data import loader
@@ -123,6 +123,7 @@ def _open(workdir, subject: pathlib.Path, experiment: Experiment) -> bytes:
   """The record of the run in `workdir`, which is made if need be."""
   run = runs.create(workdir, subject, experiment)
   runs.copy_extractors(subject, run)
+  consent.keep(subject, run.path)
   return json.dumps(run.record).encode()
 
 

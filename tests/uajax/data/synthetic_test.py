@@ -7,7 +7,7 @@ import wave
 import numpy as np
 import pytest
 
-from uajax import types
+from uajax import consent, types
 from uajax.data import folder, synthetic
 from uajax.data.synthetic import AU_NAMES, Line, Person, language
 from uajax.errors import UserError
@@ -263,6 +263,7 @@ def test_the_folder_is_whole_and_is_read(tmp_path):
     assert file.getframerate() == 16000 and file.getnframes() == 20 * 640
   assert json.loads((tmp_path / "anna/truth/made.json").read_text())["person"]["size_px"] == 64
   assert (tmp_path / "anna/emotion.csv").read_text().startswith("frame,label,intensity")
+  assert consent.summarize(tmp_path / "anna") == consent.NOBODY
 
   with pytest.raises(UserError, match="exists"):
     synthetic.make(tmp_path / "anna", SMALL, seconds=0.8, progress=False)

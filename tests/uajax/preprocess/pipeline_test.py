@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uajax import media
+from uajax import consent, media
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.preprocess import landmarks, masks, pipeline, report, workers
@@ -224,8 +224,12 @@ def test_what_others_put_into_a_subject_is_not_lost(subject, video, tmp_path):
     pipeline.run(video, out, other)
   (out / "emotion.csv").unlink()
   (out / "train_auds_exp.npz").write_bytes(b"")  # of `uajax extract`: stale, and goes
+  consent.write(out, "she agreed")
   pipeline.run(video, out, other)
   assert not (out / "train_auds_exp.npz").exists()
+  assert consent.read(out).statement == "she agreed"
+  with pytest.raises(UserError, match="consent.json in it is not of its making"):
+    pipeline._require_untouched(out, pipeline._record(out), {"look": "of another video"})
 
 
 def test_an_exchange_that_was_cut_short_is_ended(subject, video, tmp_path):

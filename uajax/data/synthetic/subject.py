@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from uajax import consent
 from uajax.data import folder
 from uajax.data.synthetic import language, performance, portrait
 from uajax.data.synthetic.performance import AU_NAMES, EMOTIONS, Line, Performance, Person
@@ -95,6 +96,7 @@ def _write(target, person, script, seed, played: Performance, film: portrait.Fil
       ],
     )
     _write_truth(w.path / "truth", person, script, seed, played, film)
+    consent.write(w.path, consent.NOBODY)
 
 
 def _write_truth(path, person, script, seed, played: Performance, film: portrait.Film) -> None:
