@@ -42,6 +42,8 @@ class Deformation(NamedTuple):
   mouth: types.Motion
 
 
+# Compiled, because only then what the networks would answer is never computed.
+@functools.partial(jax.jit, static_argnames="config")
 def init_motion(key: PRNGKeyArray, config: config_.Motion) -> tuple[dict, dict]:
   """Draws the parameters of the face's and of the mouth's motion."""
   points = jnp.zeros((1, 3))
@@ -50,9 +52,8 @@ def init_motion(key: PRNGKeyArray, config: config_.Motion) -> tuple[dict, dict]:
     jnp.zeros(len(types.ACTION_UNITS)), jnp.zeros(types.EXPRESSION), jnp.zeros(types.EXPRESSION),
     jnp.zeros(types.EMOTION))
   face, mouth = jax.random.split(key)
-  # Compiled, because only then what the networks would answer is never computed.
-  return (jax.jit(FaceMotion(config).init)(face, points, controls)["params"],
-          jax.jit(MouthMotion(config).init)(mouth, points, controls)["params"])
+  return (cast(dict, FaceMotion(config).init(face, points, controls)["params"]),
+          cast(dict, MouthMotion(config).init(mouth, points, controls)["params"]))
 
 
 class Known(NamedTuple):
@@ -74,24 +75,29 @@ def know(avatar: Avatar) -> Known:
 def face_motion(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
   places: Places | None = None, implementation: Implementation | None = None,
+  silent: Bool[Array, " 4"] | None = None,
 ) -> types.Motion:
-  """How the face's splats move; see `deform`."""
-  return _move(FaceMotion(avatar.config, implementation), avatar.face, controls, members, places)
+  """How the face's splats move; see `deform`. Modalities can be `silent`, one or more."""
+  network = FaceMotion(avatar.config, implementation)
+  return _move(network, avatar.face, controls, members, places, silent)
 
 
 def mouth_motion(
   avatar: Avatar, controls: Controls, members: Int[Array, " 4"] | None = None,
   places: Places | None = None, implementation: Implementation | None = None,
+  silent: Bool[Array, " 4"] | None = None,
 ) -> types.Motion:
-  """How the mouth's splats move; see `deform`."""
-  return _move(MouthMotion(avatar.config, implementation), avatar.mouth, controls, members, places)
+  """How the mouth's splats move; see `face_motion`."""
+  network = MouthMotion(avatar.config, implementation)
+  return _move(network, avatar.mouth, controls, members, places, silent)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members, places
+def _move(network: FaceMotion | MouthMotion, layer: Layer, controls, members, places, silent
           ) -> types.Motion:
   method, about = ("__call__", layer.splats.means) if places is None else ("move", places)
-  answer = network.apply({"params": layer.motion}, about, controls, members, method=method)
+  answer = network.apply(
+    {"params": layer.motion}, about, controls, members, silent, method=method)
   return cast(types.Motion, answer)
 
 

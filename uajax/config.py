@@ -43,6 +43,7 @@ class Motion:
   ddof: int = 1  # of the members' spread: 1 as the official code, 0 the law of total variance
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
   ajar: float = 0.1  # share of the gradient that reaches an eyes' gate that is shut (official 0)
+  blink_gain: float = 1.0  # on AU45: what is seldom seen must count for more (official 1)
   still_heads: bool = True  # heads start at zero motion (official: rotation and scale jump, Q11)
 
 
@@ -98,6 +99,7 @@ class Weights:
   eyes: float = 0.4  # likewise in the box of eyes and brows, more than twice as large (official 0)
   motion: float = 1e-5
   alpha: float = 1e-3
+  doubt: float = 0.0  # how likely the picture's error is, given the uncertainty (official 0)
   eye_attention_on_lips: float = 1e-4
   attention_on_hair: float = 1e-4
   lpips_lips: float = 0.01
@@ -112,6 +114,10 @@ class Stage:
   steps: int = 50_000
   warm_steps: int = 3_000  # static splats before; motion from here on
   ensemble_from: int = 15_000  # one random member a modality before, all of them fused after
+  # Probability that a modality says nothing at a step, each on its own: what one could say is not
+  # left to the others for good (official 0).
+  silence: float = 0.0
+  noise: float = 0.0  # share of the frames heard through white noise, of mel windows (official 0)
   splats: int = 2_000  # to begin with
   splats_extent: float = 0.1  # metres: drawn in [-extent, extent]^3 ...
   carve: bool = True  # ... where masks see the layer, in its colours (official: all, grey)
@@ -133,7 +139,8 @@ MOUTH = Stage(
   rates=Rates(halve_by=39_000, end=49_000), weights=Weights(lpips=0.5))
 FACE = Stage("face", densify=Densify(until=49_000, grad_threshold=5e-4))
 FUSE = Stage(
-  "fuse", steps=10_000, warm_steps=0, ensemble_from=0, guide_until=0, hair_until=0,
+  "fuse", steps=10_000, warm_steps=0, ensemble_from=0, silence=0.0, noise=0.0, guide_until=0,
+  hair_until=0,
   lpips_from=5_000, densify=Densify(until=0), weights=Weights(lpips=0.5))
 
 

@@ -97,6 +97,18 @@ def mean_magnitude(motion: Float[Array, "n d"], alive: Bool[Array, " n"]) -> Flo
   return total / jnp.maximum(jnp.sum(alive) * motion.shape[1], 1)
 
 
+def unlikelihood(
+  wrong: Float[Array, "h w"], doubt: Float[Array, "h w"], mask: Bool[Array, "h w"]
+) -> Float[Array, ""]:
+  """Negative log-likelihood of absolute errors as Laplace distributions of scale `doubt` have it.
+
+  The mean over a mask, least where the doubt is the error to be expected. The errors get no
+  gradient: to doubt shall not be a way to be wrong (after Kendall and Gal 2017).
+  """
+  scale = jnp.maximum(doubt, 1e-4)
+  return mean_inside(jax.lax.stop_gradient(wrong) / scale + jnp.log(scale), mask)
+
+
 def patches(image: Float[Array, "h w c"], size: int) -> Float[Array, "k p p c"]:
   """Squares of `size` pixels side by side from the upper left; what remains is left out.
 

@@ -30,15 +30,16 @@ import orbax.checkpoint as ocp
 
 from uajax import saving
 from uajax.avatar import Avatar, Layer
-from uajax.config import Audio, Experiment, Model, Motion, Weights
+from uajax.config import Audio, Experiment, Model, Motion, Stage, Weights
 from uajax.errors import UserError
 from uajax.types import Splats
 
 VERSION = 1
 # Settings that came later, as runs without them were trained.
 _BEFORE: dict[type, dict] = {
-  Weights: {"eyes": 0.0},
-  Motion: {"ajar": 0.0, "modalities": ["audio", "content", "style", "emotion"],
+  Stage: {"silence": 0.0, "noise": 0.0},
+  Weights: {"eyes": 0.0, "doubt": 0.0},
+  Motion: {"ajar": 0.0, "blink_gain": 1.0, "modalities": ["audio", "content", "style", "emotion"],
            "uncertainty": True}}
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read

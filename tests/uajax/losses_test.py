@@ -77,6 +77,15 @@ def test_empty_masks_and_dead_splats_give_zero_with_zero_gradient():
   assert value == 0 and not grad.any()
 
 
+def test_doubt_is_best_where_it_is_the_error_and_errors_learn_nothing_from_it():
+  wrong, head = jnp.asarray([[0.02, 0.1]]), jnp.ones((1, 2), bool)
+  judge = lambda doubt: float(losses.unlikelihood(wrong, doubt, head))
+  assert judge(wrong) < min(judge(1.2 * wrong), judge(wrong / 1.2), judge(wrong[:, ::-1]))
+  d_wrong, d_doubt = jax.grad(losses.unlikelihood, (0, 1))(wrong, 2 * wrong, head)
+  assert not d_wrong.any() and (d_doubt > 0).all()
+  assert np.isfinite(losses.unlikelihood(wrong, jnp.zeros((1, 2)), head))
+
+
 def test_patches_lie_side_by_side_and_drop_the_remainder():
   image = jnp.arange(7 * 9 * 2.0).reshape(7, 9, 2)
   cut = losses.patches(image, 3)

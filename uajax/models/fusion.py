@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels.fusion import Fused, Implementation, fuse_answers
 from uajax.config import Motion as MotionConfig
@@ -124,6 +124,7 @@ class UncertaintyFusion(nn.Module):
     modalities: dict[str, Modality],
     points: Float[Array, "n p"],
     members: Int[Array, " m"] | None = None,
+    silent: Bool[Array, " m"] | None = None,
   ) -> tuple[Float[Array, "n g"], Fused]:
     """Returns the code that the heads read, and the fused belief.
 
@@ -134,9 +135,15 @@ class UncertaintyFusion(nn.Module):
       points: what is known of the positions, joined to the fused mean.
       members: one member a modality, for the warm-up (stage 1); None asks all (stage 2).
         An array, so that another choice compiles nothing.
+      silent: modalities whose answers count for next to nothing: zero, at the highest variance.
     """
     take = self.config
     answers = Ensembles(take, name="ensembles")(modalities, members)
+    if silent is not None:
+      nothing = jnp.zeros(take.latent * (1 + take.uncertainty))
+      nothing = nothing.at[take.latent:].set(take.log_var_limit)[None, :, None]
+      answers = [jnp.where(still, nothing.astype(answer.dtype), answer)
+                 for still, answer in zip(silent, answers, strict=True)]
     if take.uncertainty:
       fused = fuse_answers(answers, limit=take.log_var_limit, ddof=take.ddof,
                            implementation=self.implementation)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.fusion import Implementation
 from uajax import types
@@ -91,16 +91,18 @@ class FaceMotion(nn.Module):
     points: Float[Array, "n 3"],
     controls: types.Controls,
     members: Int[Array, " 4"] | None = None,
+    silent: Bool[Array, " 4"] | None = None,
   ) -> types.Motion:
     """Returns the motion of splats at `points` (metres).
 
     Args:
       members: the ensemble member to ask a modality (FACE_MODALITIES); None asks all.
+      silent: modalities that are not heard; not all of them.
 
     Raises:
       UserError: where the audio windows are not those of the config, or its modalities none.
     """
-    return self.move(self.places(points), controls, members)
+    return self.move(self.places(points), controls, members, silent)
 
   def places(self, points: Float[Array, "n 3"]) -> Places:
     """All that depends on the positions alone: at inference it is computed once."""
@@ -110,11 +112,13 @@ class FaceMotion(nn.Module):
     return Places(where, self.audio_channels(where), eyes, felt)
 
   def move(
-    self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None
+    self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None,
+    silent: Bool[Array, " 4"] | None = None,
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
     modalities = self.modalities(places, controls)
-    code, fused = self.fusion(modalities, places.where, _asked(members, modalities))
+    code, fused = self.fusion(
+      modalities, places.where, _of(modalities, members), _of(modalities, silent))
     return types.Motion(
       d_mean=_UNIT * self.mean_head(code),
       d_quat=self.rotation_head(code),
@@ -129,7 +133,7 @@ class FaceMotion(nn.Module):
     names = _named(self.config, FACE_MODALITIES)
     heard = _hear(self, controls)
     face = self.expression(controls.action_units[:5])
-    face = jnp.concatenate([face, controls.action_units[5:]])
+    face = jnp.concatenate([face, self.config.blink_gain * controls.action_units[5:]])
     where, channels, eyes, felt = places
     inputs = {
       "audio": Modality(jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)),
@@ -159,9 +163,10 @@ class MouthMotion(nn.Module):
     points: Float[Array, "n 3"],
     controls: types.Controls,
     members: Int[Array, " 4"] | None = None,
+    silent: Bool[Array, " 4"] | None = None,
   ) -> types.Motion:
     """As `FaceMotion`, of three modalities (MOUTH_MODALITIES): the emotion's member is ignored."""
-    return self.move(self.places(points), controls, members)
+    return self.move(self.places(points), controls, members, silent)
 
   def places(self, points: Float[Array, "n 3"]) -> Places:
     """As of `FaceMotion`: the mouth looks at nothing but where it is."""
@@ -169,7 +174,8 @@ class MouthMotion(nn.Module):
     return Places(where, *(where[:, :0],) * 3)
 
   def move(
-    self, places: Places, controls: types.Controls, members: Int[Array, " m"] | None = None
+    self, places: Places, controls: types.Controls, members: Int[Array, " 4"] | None = None,
+    silent: Bool[Array, " 4"] | None = None,
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
     where = places.where
@@ -177,7 +183,8 @@ class MouthMotion(nn.Module):
                  "style": controls.f_tone}
     modalities = {name: Modality(where, constant=constants[name])
                   for name in _named(self.config, MOUTH_MODALITIES)}
-    code, fused = self.fusion(modalities, where, _asked(members, modalities))
+    code, fused = self.fusion(
+      modalities, where, _of(modalities, members), _of(modalities, silent))
     d_mean = _UNIT * self.mean_head(code)
     splats = where.shape[0]
     return types.Motion(
@@ -199,12 +206,12 @@ def _named(config: MotionConfig, known: tuple[ModalityName, ...]) -> tuple[Modal
   return tuple(name for name in known if name in named)
 
 
-def _asked(members: Int[Array, " 4"] | None, modalities: dict[str, Modality]
-           ) -> Int[Array, " m"] | None:
-  """The members of those modalities alone."""
-  if members is None:
+def _of(modalities: dict[str, Modality], values: Shaped[Array, " 4"] | None
+        ) -> Shaped[Array, " m"] | None:
+  """The values, one for each of FACE_MODALITIES, of these alone."""
+  if values is None:
     return None
-  return jnp.stack([members[FACE_MODALITIES.index(name)] for name in modalities])
+  return jnp.stack([values[FACE_MODALITIES.index(name)] for name in modalities])
 
 
 def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[Array, " c"]:

@@ -9,17 +9,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uajax import losses
 from uajax.avatar import Avatar, Known, face_motion, mouth_motion
 from uajax.config import Stage
 from uajax.lpips import lpips
 from uajax.render import render_layer
-from uajax.types import FACE, HAIR, MOUTH, Frame
+from uajax.types import FACE, HAIR, MOUTH, Frame, Motion
 
 GREEN = (0.0, 1.0, 0.0)  # the official backdrop
 PATCH_PX = {"face": 80, "mouth": 36, "fuse": 36}  # of LPIPS: the means of the official random sizes
+ERROR = 0.01  # of a pixel, 0..1, that a latent's variance of 1 stands for
 LIPS_PX = 64  # side to which the lip crop is resampled for LPIPS
 
 Phase = Literal["static", "sample", "ensemble"]
@@ -48,6 +49,7 @@ class Moment(NamedTuple):
 
   step: Int[Array, ""]  # within the stage
   members: Int[Array, " 4"]  # read in phase "sample" only
+  silent: Bool[Array, " 4"] | None  # modalities that are not heard
   sh_degree: Int[Array, ""]  # bands above it are muted
   backdrop: Float[Array, " 3"]
 
@@ -72,7 +74,7 @@ def objective(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, pr
 def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe,
           known: Known):
   stage, phase, perceptual, capacity = setting
-  step, members, sh_degree, backdrop = moment
+  step, members, silent, sh_degree, backdrop = moment
   w = stage.weights
   blank = jnp.broadcast_to(backdrop[None, None, :], image.shape)
   hair = frame.classes == HAIR
@@ -84,11 +86,11 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
 
   face = avatar.face
   motion = None if phase == "static" else face_motion(
-    avatar, frame.controls, members, known.face)
+    avatar, frame.controls, members, known.face, silent=silent)
   out = render_layer(
     face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
     background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity,
-    features=None if motion is None else motion.attention,
+    features=None if motion is None else _features(avatar, motion, w.doubt > 0),
     detached=None if motion is None else True)
   picture, alpha = out.color, out.alpha[..., 0]
 
@@ -110,6 +112,8 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
     wrong = jnp.abs(picture - target).mean(-1)
     loss += w.lips * losses.mean_inside(wrong, lips)
     loss += w.eyes * losses.mean_inside(wrong, _inside(frame.eyes, head.shape))
+    if w.doubt:
+      loss += w.doubt * losses.unlikelihood(wrong, out.features[..., 2], head)
     audio, eye = out.features[..., 0], out.features[..., 1]
     loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
     loss += jnp.where(bald, 0.0, w.attention_on_hair) * (
@@ -123,10 +127,18 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   return loss, _parts(l1, picture, target, out)
 
 
+def _features(avatar: Avatar, motion: Motion, doubt: bool) -> Float[Array, "n f"]:
+  """Attention, and where `doubt` counts the error that a splat's aleatoric variance expects."""
+  if not doubt:
+    return motion.attention
+  expected = ERROR / avatar.config.latent * motion.aleatoric
+  return jnp.concatenate([motion.attention, expected[:, None]], -1)
+
+
 def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe,
            known: Known):
   stage, phase, perceptual, capacity = setting
-  _, members, sh_degree, backdrop = moment
+  _, members, silent, sh_degree, backdrop = moment
   w = stage.weights
   mouth = frame.classes == MOUTH
   lips = _inside(frame.lips, mouth.shape)
@@ -135,7 +147,7 @@ def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image
 
   layer = avatar.mouth
   motion = None if phase == "static" else mouth_motion(
-    avatar, frame.controls, members, known.mouth)
+    avatar, frame.controls, members, known.mouth, silent=silent)
   out = render_layer(
     layer.splats, layer.alive, motion, frame.camera, *image.shape[1::-1],
     background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity)
@@ -155,7 +167,7 @@ def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
           known: Known):
   del probe  # no splat is born in this stage
   stage, _, perceptual, capacity = setting
-  _, members, sh_degree, _ = moment
+  _, members, _, sh_degree, _ = moment
   w = stage.weights
   background = frame.background.astype(jnp.float32) / 255
   black = jnp.zeros(3)

@@ -11,6 +11,7 @@ import optax
 
 from uajax.avatar import Avatar
 from uajax.config import Rates, Stage
+from uajax.models.motion import FACE_MODALITIES
 
 GEOMETRY = ("means", "raw_scales", "quats")
 SPLAT_FIELDS = (*GEOMETRY, "logit_opacities", "sh_dc", "sh_rest")
@@ -49,14 +50,14 @@ def init(params: dict) -> dict:
   return {"splats": _splats.init(params["splats"]), "motion": _motion.init(params["motion"])}
 
 
-def update(stage: Stage, scene_m: float, params, grads, state, step, members):
+def update(stage: Stage, scene_m: float, params, grads, state, step, heard):
   """One step of every rate.
 
   Args:
     scene_m: the scene's size in metres; positions move in proportion.
     step: int32 scalar within the stage, from 0.
-    members: int[m] ensemble members in use, or None for all. The others rest: neither decay
-      nor momentum moves what had no gradient (Q8).
+    heard: bool[4 k], which ensemble members (of FACE_MODALITIES) are in use, or None for all. The
+      others rest: neither decay nor momentum moves what had no gradient (Q8).
 
   Returns:
     new params and new state.
@@ -75,11 +76,11 @@ def update(stage: Stage, scene_m: float, params, grads, state, step, members):
     return -factor * rate * (u + weight_decay * p)
 
   motion_steps = jax.tree_util.tree_map_with_path(motion_step, motion_steps, params["motion"])
-  if members is not None:
-    motion_steps = _rest(motion_steps, jax.tree.map(jnp.zeros_like, motion_steps), members)
+  if heard is not None:
+    motion_steps = _rest(motion_steps, jax.tree.map(jnp.zeros_like, motion_steps), heard)
     new, old = cast(optax.ScaleByAdamState, motion_state), state["motion"]  # as `init` made it
     motion_state = new._replace(
-      mu=_rest(new.mu, old.mu, members), nu=_rest(new.nu, old.nu, members))
+      mu=_rest(new.mu, old.mu, heard), nu=_rest(new.nu, old.nu, heard))
   steps = {"splats": splat_steps, "motion": motion_steps}
   return optax.apply_updates(params, steps), {"splats": splat_state, "motion": motion_state}
 
@@ -109,15 +110,14 @@ def _motion_rate(path, rates: Rates) -> tuple[float, float]:
   return rates.network, 0.0
 
 
-def _rest(new, old, members):
+def _rest(new, old, heard):
   """`new` where a member is in use, `old` elsewhere; leaves outside the ensembles are `new`."""
 
   def pick(path, n, o):
     names = [str(getattr(p, "key", p)) for p in path]
-    for i, modality in enumerate(("audio", "content", "style", "emotion")):
-      if "ensembles" in names and modality in names and i < members.shape[0]:
-        used = (jnp.arange(n.shape[0]) == members[i]).reshape(-1, *[1] * (n.ndim - 1))
-        return jnp.where(used, n, o)
+    for used, modality in zip(heard, FACE_MODALITIES, strict=True):
+      if "ensembles" in names and modality in names:
+        return jnp.where(used.reshape(-1, *[1] * (n.ndim - 1)), n, o)
     return n
 
   return jax.tree_util.tree_map_with_path(pick, new, old)

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from uajax.avatar import Avatar, know
 from uajax.config import Experiment, Stage
 from uajax.errors import UserError
-from uajax.train import densify, optimizer, sampling
+from uajax.models.motion import FACE_MODALITIES, MOUTH_MODALITIES
+from uajax.train import densify, noise, optimizer, sampling
 from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
 from uajax.types import Camera, Controls, Frame, Guide, Pictures
 
@@ -148,13 +149,17 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
     lambda leaf: leaf[step - chunk.first], (chunk.frames, chunk.pictures))
   members = jax.random.randint(
     jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
-  moment = Moment(step, members, sh_degree(stage, step), _backdrop(experiment, step, key))
+  silent = _silent(experiment, stage, step, key)
+  moment = Moment(
+    step, members, silent, sh_degree(stage, step), _backdrop(experiment, step, key))
 
   def gradients(index, pictures, probes, params, material, perceptual, moment, avatar):
     setting = Setting(stage, phase, perceptual, capacity)
     rest = jax.tree.map(
       lambda leaf: leaf[index],
       (material.camera, material.controls, material.lips, material.eyes))
+    if stage.noise and experiment.model.audio == "mel":
+      rest = rest[0], _through_noise(stage, rest[1], index, step, key), *rest[2:]
     frames = Frame(*pictures, *rest)
 
     def loss_of(params, probes):
@@ -200,7 +205,7 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   sound = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
   new_params, opt = optimizer.update(
     stage, experiment.scene_m, params, grads, state.opt, step,
-    members if phase == "sample" else None)
+    _heard(experiment.model.motion.members, members if phase == "sample" else None, silent))
   keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(sound, new, old))
   avatar = optimizer.join(state.avatar, keep(new_params, params))
   skipped = jnp.where(sound, 0, state.skipped + 1)
@@ -284,6 +289,38 @@ def _keep_off_green(stage: Stage, splats, alive, born, state: State, material: M
     return alive & ~green, splats, born
   green = green & (state.step < stage.densify.until)
   return alive, densify.demote(splats, green), born | green
+
+
+def _silent(experiment: Experiment, stage: Stage, step, key) -> Bool[Array, " 4"] | None:
+  """Which of FACE_MODALITIES say nothing at a step: never all that the stage's layer has."""
+  if not stage.silence:
+    return None
+  known = MOUTH_MODALITIES if stage.name == "mouth" else FACE_MODALITIES
+  there = jnp.asarray(
+    [name in known and name in experiment.model.motion.modalities for name in FACE_MODALITIES])
+  draw = jax.random.fold_in(jax.random.fold_in(key, 5), step)
+  silent = jax.random.uniform(draw, (len(FACE_MODALITIES),)) < stage.silence
+  return silent & (there & ~silent).any()
+
+
+def _through_noise(stage: Stage, controls: Controls, index: Int[Array, " b"], step, key
+                   ) -> Controls:
+  """The same frames, heard each through a noise of its own or none."""
+  draw = jax.random.fold_in(jax.random.fold_in(key, 6), step)
+  keys = jax.vmap(lambda frame: jax.random.fold_in(draw, frame))(index)
+  one = lambda windows, key: noise.add(windows, stage.noise, key)
+  return controls._replace(audio=jax.vmap(one)(controls.audio, keys))
+
+
+def _heard(count: int, members: Int[Array, " 4"] | None, silent: Bool[Array, " 4"] | None
+           ) -> Bool[Array, "4 k"] | None:
+  """Which ensemble members a step asked and heard; None where that is all of them."""
+  if members is None and silent is None:
+    return None
+  asked = jnp.ones((len(FACE_MODALITIES), count), bool)
+  if members is not None:
+    asked = jnp.arange(count)[None] == members[:, None]
+  return asked if silent is None else asked & ~silent[:, None]
 
 
 def _backdrop(experiment: Experiment, step, key):

@@ -89,6 +89,22 @@ def test_what_is_left_out_has_no_parameters_and_moves_nothing(points, modalities
   assert np.abs(member.d_quat - before.d_quat).max() > 1e-6
 
 
+@pytest.mark.parametrize("uncertainty", [True, False])
+def test_a_silent_modality_moves_nothing(points, uncertainty):
+  net = FaceMotion(dataclasses.replace(
+    SMALL, modalities=("audio", "content"), uncertainty=uncertainty))
+  ask = jax.jit(net.apply)
+  params = jax.jit(net.init)(jax.random.key(0), points, controls())
+  silent = jnp.array([False, True, True, True])
+  moves = []
+  for f_exp in (controls().f_exp, 10 * controls().f_exp):
+    said = controls()._replace(f_exp=f_exp)
+    moves.append([ask(params, points, said, None, hush).d_quat
+                  for hush in (silent, jnp.zeros(4, bool))])
+  (hushed, heard), (hushed_too, heard_too) = moves
+  assert np.abs(hushed_too - hushed).max() < 1e-4 * np.abs(heard_too - heard).max()
+
+
 @pytest.mark.parametrize("modalities", [(), ("content",), ("audio", "audio")])
 def test_modalities_without_audio_or_named_twice_are_refused(points, modalities):
   net = MouthMotion(dataclasses.replace(SMALL, modalities=modalities))
