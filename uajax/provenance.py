@@ -67,7 +67,7 @@ def credentials() -> Credentials:
 
 
 def sign(film: str | os.PathLike, synthesis: dict[str, Any], by: Credentials) -> None:
-  """Gives an MP4 or MOV its manifest, in place: the file changes as a whole or not at all.
+  """Gives an MP4, MOV or GIF its manifest, in place: the file changes as a whole or not at all.
 
   Args:
     synthesis: JSON values, kept as our assertion.
@@ -132,7 +132,7 @@ def verify(film: str | os.PathLike) -> Verdict:
 
 
 def _form(film: pathlib.Path) -> str:
-  return "video/quicktime" if film.suffix.lower() == ".mov" else "video/mp4"
+  return {".mov": "video/quicktime", ".gif": "image/gif"}.get(film.suffix.lower(), "video/mp4")
 
 
 def digest(path: str | os.PathLike) -> str:

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from tests.uajax.speech import tiny_model
-from uajax import direction, media, provenance, synthesize
+from uajax import direction, gallery, media, provenance, synthesize
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.priors import extract
@@ -135,6 +136,24 @@ def test_emotion_and_background_show(run, tmp_path):
   white = film(emotion_reference=wav, background="white")
   share = lambda film: (film > 240).all(axis=-1).mean()
   assert share(white) > 0.1 > share(calm)
+
+
+def test_a_gif_shows_emotions_side_by_side(run, tmp_path, capsys):
+  wav, out = tmp_path / "in.wav", tmp_path / "emotions.gif"
+  media.write_wav(wav, speech(0.4))
+  words = [str(run.path), "--audio", str(wav), "--out"]
+  assert gallery.main([*words, str(out)]) == 0 and "happy, neutral" in capsys.readouterr().out
+  with Image.open(out) as gif:
+    assert gif.n_frames == 5 and gif.info["duration"] == 80
+    gif.seek(2)
+    shown = np.asarray(gif.convert("RGB"), float)
+  happy, neutral = shown[18:50, 4:44], shown[18:50, 48:88]
+  assert np.abs(happy - neutral).max() > 10
+  synthesize.synthesize(run.path, wav, tmp_path / "film.mp4", emotion="happy")
+  film = pictures(tmp_path / "film.mp4")
+  assert np.abs(happy - film[4]).mean() < 3 < np.abs(neutral - film[4]).mean()
+  assert provenance.verify(out).holds
+  assert gallery.main([*words, "emotions.png"]) == 1 and ".gif" in capsys.readouterr().err
 
 
 def test_a_script_and_action_units_reach_the_avatar_while_they_hold(run, tmp_path, monkeypatch):
