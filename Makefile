@@ -22,7 +22,7 @@ demo:  ## a procedural person from nothing to a talking video in demo/, on any C
 	$(BIN)/uajax demo --out demo
 
 test:  ## a process for every core, four at most; PROCESSES=0 runs all in this one
-	$(BIN)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist loadfile -m "not device and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not device and not slow" $(ARGS)
 
 test-device:  ## the kernels on the accelerator at hand
 	JAX_PLATFORMS= $(BIN)/python -m pytest -m device $(ARGS)
