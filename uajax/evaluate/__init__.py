@@ -409,7 +409,7 @@ class _Judge:
       try:
         params = lpips.load(net)
       except UserError as error:
-        self.lacking[name] = f"needs {error}"
+        self.lacking[name] = f"needs its weights: {error}"
         continue
       out[name] = functools.partial(_perceive, params)
     return out
@@ -428,7 +428,7 @@ class _Judge:
     try:
       self._sync = syncnet.load()
     except UserError as error:
-      self.lacking["sync"] = f"needs {error}"
+      self.lacking["sync"] = f"needs its weights: {error}"
       return
     self._watchers = [syncnet.Watcher(self._sync) for _ in range(2)]
 

@@ -84,8 +84,8 @@ def load(path: str | os.PathLike | None = None) -> Params:
     path = pretrained.find(FILE)
     if path is None:
       raise UserError(
-        f"{FILE} (SyncNet's weights, from its authors' page): put it into {pretrained.cache()} or a"
-        " folder that $UAJAX_MODELS names"
+        f"{FILE} (SyncNet's weights, from its authors' page) is not at hand: put it into"
+        f" {pretrained.cache()} or a folder that $UAJAX_MODELS names"
       )
   tensors = torchfile.load(path)
   if not isinstance(tensors, dict):
