@@ -44,7 +44,15 @@ class Motion:
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
   ajar: float = 0.1  # share of the gradient that reaches an eyes' gate that is shut (official 0)
   blink_gain: float = 1.0  # on AU45: what is seldom seen must count for more (official 1)
+  # Whether the fused variance is scaled, splat by splat, to the error that pictures show: nothing
+  # else ties its size to anything (official: not, Q14). What moves is not touched.
+  calibrated: bool = True
   still_heads: bool = True  # heads start at zero motion (official: rotation and scale jump, Q11)
+
+  @property
+  def calibrates(self) -> bool:
+    """Whether there is a variance to calibrate."""
+    return self.calibrated and self.uncertainty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Densify:
   min_opacity: float = 0.05  # at step 0 ...
   min_opacity_rise: float = 0.25  # ... and this much more at `until`
   slots: int = 32_768  # capacity to begin with: a step costs what its slots cost, used or not
-  max_slots: int = 262_144  # slots double up to this; beyond it growth is dropped and counted
+  max_slots: int = 262_144  # slots grow up to this; beyond it growth is dropped and counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Weights:
   eyes: float = 0.4  # likewise in the box of eyes and brows, more than twice as large (official 0)
   motion: float = 1e-5
   alpha: float = 1e-3
-  doubt: float = 0.0  # how likely the picture's error is, given the uncertainty (official 0)
+  doubt: float = 1e-3  # how unlikely the error is, given the uncertainty; if `calibrated`
   eye_attention_on_lips: float = 1e-4
   attention_on_hair: float = 1e-4
   lpips_lips: float = 0.01
@@ -114,8 +122,8 @@ class Stage:
   steps: int = 50_000
   warm_steps: int = 3_000  # static splats before; motion from here on
   ensemble_from: int = 15_000  # one random member a modality before, all of them fused after
-  # Probability that a modality says nothing at a step, each on its own: what one could say is not
-  # left to the others for good (official 0).
+  # Probability that a modality says nothing at a step, each on its own, while members are asked
+  # singly: what one could say is not left to the others for good (official 0).
   silence: float = 0.0
   noise: float = 0.0  # share of the frames heard through white noise, of mel windows (official 0)
   splats: int = 2_000  # to begin with

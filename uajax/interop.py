@@ -111,7 +111,7 @@ def _shared_config(weights: _Weights, face: Motion | None) -> Motion:
     emotion_planes=face.emotion_planes if face else Planes(),
     members=weights.count("fuse_net.audio_net.{}.fc1.weight"), hidden=hidden, latent=latent,
     features=features, ddof=1, log_var_limit=_UNLIMITED, ajar=0.0, blink_gain=1.0,
-    still_heads=False)
+    calibrated=False, still_heads=False)
 
 
 def _config(weights: _Weights) -> Motion:

@@ -2,8 +2,8 @@
 
 The first keys of the parameter trees are the groups that an optimiser tells apart:
 `planes`, `audio`, `audio_attention`, `fusion`, `mean_head` in both, and in the face
-`audio_channels`, `eye_attention`, `expression`, `emotion`, `rotation_head`, `scale_head`.
-A modality that the config leaves out has no parameters.
+`audio_channels`, `eye_attention`, `expression`, `emotion`, `rotation_head`, `scale_head`,
+`doubt_head`. A modality that the config leaves out has no parameters.
 
 Axes: n splats, c channels.
 """
@@ -85,6 +85,8 @@ class FaceMotion(nn.Module):
     self.mean_head = Head(3, take.still_heads)
     self.rotation_head = Head(4, take.still_heads)
     self.scale_head = Head(3, take.still_heads)
+    if take.calibrates:
+      self.doubt_head = Head(1, still=True)
 
   def __call__(
     self,
@@ -119,13 +121,20 @@ class FaceMotion(nn.Module):
     modalities = self.modalities(places, controls)
     code, fused = self.fusion(
       modalities, places.where, _of(modalities, members), _of(modalities, silent))
+    doubts = fused.aleatoric, fused.epistemic
+    if self.config.calibrates:
+      # The head alone learns from the errors: variances that learn, too, rise where something is
+      # seldom seen, and the modality that could show it loses its say.
+      scale = jnp.exp(self.doubt_head(jax.lax.stop_gradient(code))[:, 0])
+      doubts = tuple(scale * jax.lax.stop_gradient(trace) for trace in doubts)
+    aleatoric, epistemic = doubts
     return types.Motion(
       d_mean=_UNIT * self.mean_head(code),
       d_quat=self.rotation_head(code),
       d_scale=self.scale_head(code),
       attention=jnp.stack([_norm(places.channels), _norm(places.eyes)], -1),
-      aleatoric=fused.aleatoric,
-      epistemic=fused.epistemic,
+      aleatoric=aleatoric,
+      epistemic=epistemic,
     )
 
   def modalities(self, places: Places, controls: types.Controls) -> dict[str, Modality]:

@@ -90,7 +90,7 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   out = render_layer(
     face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
     background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity,
-    features=None if motion is None else _features(avatar, motion, w.doubt > 0),
+    features=None if motion is None else _features(avatar, motion),
     detached=None if motion is None else True)
   picture, alpha = out.color, out.alpha[..., 0]
 
@@ -112,7 +112,7 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
     wrong = jnp.abs(picture - target).mean(-1)
     loss += w.lips * losses.mean_inside(wrong, lips)
     loss += w.eyes * losses.mean_inside(wrong, _inside(frame.eyes, head.shape))
-    if w.doubt:
+    if avatar.config.calibrates:
       loss += w.doubt * losses.unlikelihood(wrong, out.features[..., 2], head)
     audio, eye = out.features[..., 0], out.features[..., 1]
     loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
@@ -127,9 +127,9 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   return loss, _parts(l1, picture, target, out)
 
 
-def _features(avatar: Avatar, motion: Motion, doubt: bool) -> Float[Array, "n f"]:
-  """Attention, and where `doubt` counts the error that a splat's aleatoric variance expects."""
-  if not doubt:
+def _features(avatar: Avatar, motion: Motion) -> Float[Array, "n f"]:
+  """Attention, and the error that a splat's aleatoric variance expects where it is calibrated."""
+  if not avatar.config.calibrates:
     return motion.attention
   expected = ERROR / avatar.config.latent * motion.aleatoric
   return jnp.concatenate([motion.attention, expected[:, None]], -1)

@@ -149,7 +149,7 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
     lambda leaf: leaf[step - chunk.first], (chunk.frames, chunk.pictures))
   members = jax.random.randint(
     jax.random.fold_in(jax.random.fold_in(key, 2), step), (4,), 0, experiment.model.motion.members)
-  silent = _silent(experiment, stage, step, key)
+  silent = _silent(experiment, stage, step, key) if phase == "sample" else None
   moment = Moment(
     step, members, silent, sh_degree(stage, step), _backdrop(experiment, step, key))
 

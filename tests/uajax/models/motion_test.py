@@ -61,7 +61,7 @@ def test_groups_of_parameters_bear_the_names_that_the_optimiser_knows(face, poin
   ask, params = face
   assert set(params["params"]) == {
     "planes", "audio", "audio_attention", "audio_channels", "eye_attention", "expression",
-    "emotion", "fusion", "mean_head", "rotation_head", "scale_head"}
+    "emotion", "fusion", "mean_head", "rotation_head", "scale_head", "doubt_head"}
   ensembles = params["params"]["fusion"]["ensembles"]
   assert set(ensembles) == {"audio", "content", "style", "emotion"}
   assert all(leaf.shape[0] == SMALL.members for leaf in jax.tree.leaves(ensembles))
@@ -160,6 +160,20 @@ def test_gradients_are_finite_where_attention_vanishes(face, points):
   grads = jax.jit(jax.grad(loss, (0, 1)))(params, points)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
   assert np.abs(grads[1]).max() > 0, "the splats' centres must learn, too"
+
+
+def test_what_calibrates_the_doubt_learns_from_it_alone_and_moves_nothing(face, points):
+  ask, params = face
+
+  @jax.jit
+  def gradients(params):
+    of = lambda name: jax.grad(lambda p: getattr(ask(p, points, controls()), name).sum())(params)
+    return of("aleatoric")["params"], of("d_quat")["params"]
+
+  doubt, moves = gradients(params)
+  assert any(leaf.any() for leaf in jax.tree.leaves(doubt.pop("doubt_head")))
+  assert not any(leaf.any() for leaf in jax.tree.leaves(doubt))
+  assert not any(leaf.any() for leaf in jax.tree.leaves(moves["doubt_head"]))
 
 
 def test_still_heads_start_without_motion(points):
