@@ -553,19 +553,28 @@ def _refine(steps: _Steps, plan: Plan, read: Read, mesh, fitted: track.Track, cu
   into = steps.work / "track"
   anchors = workers.load(into / "anchors.npz")
   if anchors is None:
-    chosen = refine.choose_frames(fitted, plan.used)
-    wanted = np.isin(np.arange(plan.frames), chosen)
+    chosen, still = refine.choose_frames(fitted, plan.used), track.stillness(mesh)
+    free = fitted.focal_spread > 0  # else the user gave the focal length
+    calm = refine.choose_calm_frames(plan.used, read.scores) if free else []
+    wanted = np.isin(np.arange(plan.frames), chosen + calm)
     pictures = {f: refine.to_grey(image) for f, image in _cut_out(steps.video, plan, wanted)}
-    progress = Progress("learn the head's texture", len(refine.LEVELS))
+    progress = Progress("learn the head's texture", (1 + free) * len(refine.LEVELS))
+    focal = fitted.focal_px, fitted.focal_spread
+    if free:
+      focal = refine.find_focal(
+        [pictures[f] for f in calm], fitted.viewmats[calm], fitted, still, progress.advance
+      )
+    fitted = refine.refocus(fitted, *focal)
     learnt = refine.learn(
-      [pictures[f] for f in chosen], fitted.viewmats[chosen], fitted, track.stillness(mesh),
-      progress.advance,
-    )  # fmt: skip
-    progress.close(f"{len(learnt.points) if learnt else 0} anchors")
-    anchors = learnt._asdict() if learnt else {}
+      [pictures[f] for f in chosen], fitted.viewmats[chosen], fitted, still, progress.advance
+    )
+    count = len(learnt.points) if learnt else 0
+    progress.close(f"{count} anchors, focal length {focal[0]:.0f} px")
+    anchors = {**learnt._asdict(), "focal_spread": focal[1]} if learnt else {}
     workers.save(into / "anchors.npz", **anchors)
   if not anchors:
     return fitted
+  fitted = refine.refocus(fitted, float(anchors["focal_px"]), float(anchors["focal_spread"]))
   pieces = workers.cut(plan.runs, plan.size)
   _each(
     steps, plan, "track", "follow the head", pieces, refine.follow_piece,

@@ -8,8 +8,10 @@ all poses are solved at once, again and again, from coarse patches to fine. An a
 firmly its texture holds it, and less, the more it moves by itself: brows, nostrils, the head's
 outline and what lies behind it are found out by that, while hair, temples and the eyes' corners
 hold the head. Brightness, contrast and shading across a patch are taken out, since light stays
-where it is when the head turns. The focal length stays what the landmarks said: anchors say no
-more of it than what light and hair do to them.
+where it is when the head turns. The focal length is found beforehand by anchors
+likewise, in the calmest frames and by the firmest anchors (bundle adjustment), since expression
+and the head's outline would say it wrong, and landmarks hardly know it. Where the head hardly
+turns, anchors know as little, and what the landmarks said stays.
 
 The head's axes and the camera's are those of `track`.
 Axes: f frames, s sampled frames, n anchors, k pixels of a patch, l levels, h w pixels.
@@ -27,7 +29,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from uajax.errors import UserError
-from uajax.preprocess import track, workers
+from uajax.preprocess import landmarks, track, workers
 
 SAMPLES = 60  # frames that the anchors are learnt from
 FACE_PX = 200  # height of a face whose patches are read pixel by pixel
@@ -50,6 +52,11 @@ ALIKE = 30.0  # errors of neighbouring anchors and pixels are alike: so many cou
 # How far landmarks may mislead a pose, as far as the anchors' own places go: radians, metres.
 TRUST = np.array([0.05, 0.05, 0.05, 0.02, 0.02, 0.02])
 LOOSE_M = 2.0  # the same for the distance while anchors are placed: with it goes their scale
+CALM = 0.37  # share of the frames, those of least expression, in which the focal length is sought,
+FIRM = 0.45  # and of the anchors, those that wander least, by which it is
+# Blendshapes that tell an expression; the jaw, as it speaks, leaves the upper face still.
+UPPER = ("brow", "cheek", "eyeBlink", "eyeSquint", "eyeWide", "mouthFrown", "mouthSmile", "nose")
+FOCAL_ROUNDS = 12  # of Gauss-Newton, at most
 
 _ROW = np.arange(SIDE) - SIDE // 2
 _RIGHT, _DOWN = (x.ravel().astype(np.float32) for x in np.meshgrid(_ROW, _ROW))
@@ -87,6 +94,52 @@ def to_grey(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
   return np.asarray(Image.fromarray(image).convert("L"))
 
 
+def choose_calm_frames(
+  present: Bool[np.ndarray, " f"], scores: Float[np.ndarray, "f b"]
+) -> list[int]:
+  """Frames to find the focal length in; the calmest, in which anchors are chosen, is the first."""
+  seen = np.flatnonzero(present)
+  upper = scores[seen][:, [name.startswith(UPPER) for name in landmarks.BLENDSHAPES]]
+  apart = np.abs(upper - np.median(upper, 0)) / (upper.std(0) + 0.02)
+  restless = (np.clip(apart, 0, 3) ** 2).sum(1)
+  order = np.argsort(restless, kind="stable")
+  calm = np.sort(order[: max(round(CALM * len(seen)), SAMPLES)])
+  picked = calm[np.unique(np.linspace(0, len(calm) - 1, SAMPLES).astype(int))].tolist()
+  picked.insert(0, picked.pop(int(np.argmin(restless[picked]))))
+  return seen[picked].tolist()
+
+
+def refocus(found: track.Track, focal_px: float, focal_spread: float) -> track.Track:
+  """The track under another focal length: the head farther away, and as large."""
+  viewmats = found.viewmats.copy()
+  viewmats[:, 2, 3] *= focal_px / found.focal_px
+  return found._replace(viewmats=viewmats, focal_px=focal_px, focal_spread=focal_spread)
+
+
+def find_focal(
+  pictures: Sequence[UInt8[np.ndarray, "h w"]],
+  viewmats: Float[np.ndarray, "s 4 4"],
+  found: track.Track,
+  still: Float[np.ndarray, " p"],
+  advance=lambda: None,
+) -> tuple[float, float]:
+  """Focal length in pixels, and the standard deviation of its logarithm.
+
+  What landmarks said of it, within `found.focal_spread`, counts as one more observation.
+
+  Args:
+    pictures: grey, of calm frames.
+    viewmats: as `learn` has them.
+    found: as `learn` has it.
+    still: as `learn` has it.
+    advance: called after each of len(LEVELS) rounds.
+  """
+  placed = _place(pictures, viewmats, found, still, advance)
+  if placed is None:
+    return found.focal_px, found.focal_spread
+  return _bundle(pictures, *placed, found.focal_spread)
+
+
 def learn(
   pictures: Sequence[UInt8[np.ndarray, "h w"]],
   viewmats: Float[np.ndarray, "s 4 4"],
@@ -106,18 +159,10 @@ def learn(
   Returns:
     None where the head has too little texture.
   """
-  height = np.ptp(found.shape[:468, 1])
-  unit = max(found.focal_px * height / np.median(viewmats[:, 2, 3]) / FACE_PX, LEAST_PX)
-  points, tangents = _choose(pictures[0], viewmats[0], found, still, unit)
-  if len(points) < FEWEST:
+  placed = _place(pictures, viewmats, found, still, advance)
+  if placed is None:
     return None
-  wander = np.full(len(points), (WANDER_PX[1] * unit) ** 2)
-  none = np.zeros((0, len(points), SIDE**2), np.float32)
-  anchors = Anchors(points, tangents, none, none[..., 0], wander, found.focal_px, unit)
-  start = viewmats.copy()
-  for level in LEVELS:
-    viewmats, anchors = _adjust(pictures, viewmats, anchors, level, start, points)
-    advance()
+  viewmats, anchors = placed
   final = []
   for level, _ in FINAL_LEVELS:
     sights = _see_all(pictures, viewmats, anchors, level)
@@ -162,8 +207,8 @@ def follow_piece(
   found = workers.load(anchors_file)
   if found is None:
     raise UserError(f"{anchors_file} is damaged: remove {into.parent} and run again")
-  anchors = Anchors(**{**found, "focal_px": found["focal_px"].item(),
-                       "unit_px": found["unit_px"].item()})  # fmt: skip
+  numbers = {name: found[name].item() for name in ("focal_px", "unit_px")}
+  anchors = Anchors(**{name: numbers.get(name, found[name]) for name in Anchors._fields})
   poses = [follow(to_grey(image), start, anchors)
            for image, start in zip(images, viewmats, strict=True)]  # fmt: skip
   workers.save(
@@ -182,6 +227,23 @@ class _Sight(NamedTuple):
   by_pose: Float[np.ndarray, "s n 2 6"]  # derivatives of the pixel
   by_point: Float[np.ndarray, "s n 2 3"]
   facing: Float[np.ndarray, "s n"]  # 0: turned away or outside, 1: seen well
+
+
+def _place(pictures, viewmats, found, still, advance):
+  """Poses of the pictures, and anchors that lack their patches; None where they are too few."""
+  height = np.ptp(found.shape[:468, 1])
+  unit = max(found.focal_px * height / np.median(viewmats[:, 2, 3]) / FACE_PX, LEAST_PX)
+  points, tangents = _choose(pictures[0], viewmats[0], found, still, unit)
+  if len(points) < FEWEST:
+    return None
+  wander = np.full(len(points), (WANDER_PX[1] * unit) ** 2)
+  none = np.zeros((0, len(points), SIDE**2), np.float32)
+  anchors = Anchors(points, tangents, none, none[..., 0], wander, found.focal_px, unit)
+  start = viewmats.copy()
+  for level in LEVELS:
+    viewmats, anchors = _adjust(pictures, viewmats, anchors, level, start, points)
+    advance()
+  return viewmats, anchors
 
 
 def _choose(picture, viewmat, found, still, unit):
@@ -243,11 +305,8 @@ def _blur(picture, viewmat, anchors: Anchors, level):
 def _see(blurred, corner, size, viewmat, anchors: Anchors, level) -> _Sight:
   """The anchors of one frame, without the leading axis."""
   rotation, focal = viewmat[:3, :3], anchors.focal_px
-  turned = anchors.points @ rotation.T
-  at = turned + viewmat[:3, 3]
-  x, y = at[:, 0], at[:, 1]
-  z = np.maximum(at[:, 2], 1e-2)
-  flat = np.stack([x, y], 1) / z[:, None]
+  at, by_pose, by_point = _derive(viewmat, anchors.points, focal)
+  flat, z = at[:, :2] / at[:, 2:], at[:, 2]
   pixels = focal * flat + np.array(size[::-1]) / 2
   along = level * anchors.tangents @ rotation.T
   stretch = (focal / z)[:, None, None] * (along[..., :2] - along[..., 2:] * flat[:, None])
@@ -257,6 +316,19 @@ def _see(blurred, corner, size, viewmat, anchors: Anchors, level) -> _Sight:
   patches = scipy.ndimage.map_coordinates(
     blurred, [places[:, 1], places[:, 0]], order=1, mode="nearest", output=np.float32
   )
+  normals = np.cross(anchors.tangents[:, 1], anchors.tangents[:, 0])
+  normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+  inside = ((pixels > 2) & (pixels < np.array(size[::-1]) - 2)).all(1)
+  facing = inside * np.clip((_cosine(normals, at, viewmat) - 0.1) / 0.2, 0, 1)
+  return _Sight(_level(patches), stretch, by_pose, by_point, facing)
+
+
+def _derive(viewmat, points, focal):
+  """Points in the camera's axes [n 3], and their pixels' derivatives: [n 2 6], [n 2 3]."""
+  turned = points @ viewmat[:3, :3].T
+  at = turned + viewmat[:3, 3]
+  at[:, 2] = np.maximum(at[:, 2], 1e-2)
+  x, y, z = at.T
   zero = np.zeros_like(z)
   by_place = (focal / z)[:, None, None] * np.stack(
     [np.stack([zero + 1, zero, -x / z], -1), np.stack([zero, zero + 1, -y / z], -1)], 1
@@ -265,14 +337,8 @@ def _see(blurred, corner, size, viewmat, anchors: Anchors, level) -> _Sight:
   cross = np.stack(
     [np.stack([zero, c, -b], -1), np.stack([-c, zero, a], -1), np.stack([b, -a, zero], -1)], 1
   )
-  normals = np.cross(anchors.tangents[:, 1], anchors.tangents[:, 0])
-  normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-  inside = ((pixels > 2) & (pixels < np.array(size[::-1]) - 2)).all(1)
-  facing = inside * np.clip((_cosine(normals, at, viewmat) - 0.1) / 0.2, 0, 1)
-  return _Sight(
-    _level(patches), stretch, np.concatenate([by_place @ cross, by_place], -1),
-    by_place @ rotation, facing,
-  )  # fmt: skip
+  by_pose = np.concatenate([by_place @ cross, by_place], -1)
+  return at, by_pose, by_place @ viewmat[:3, :3]
 
 
 def _see_all(pictures, viewmats, anchors: Anchors, level) -> _Sight:
@@ -353,31 +419,100 @@ def _adjust(pictures, viewmats, anchors: Anchors, level, start, places):
     anchors.unit_px,
   )  # fmt: skip
   information, pull = _weigh(information, pull, trust, wander)
-
-  by_pose, by_point = sights.by_pose, sights.by_point
-  tied = information @ by_pose
   loose = np.append(TRUST[:5], LOOSE_M)
   apart = np.stack([_apart(*pair) for pair in zip(viewmats, start, strict=True)])
-  own = np.einsum("snia,snib->sab", by_pose, tied, optimize=True) + np.diag(1 / loose**2)
-  rhs = np.einsum("snia,sni->sa", by_pose, pull, optimize=True) + apart / loose**2
+  away = anchors.points - places
+  steps, _, moved, _ = _solve(
+    information, pull, sights.by_pose, np.zeros_like(pull), sights.by_point,
+    (1 / loose**2, apart / loose**2), (1.0, 0.0), away,
+  )  # fmt: skip
+  viewmats = np.stack([_move(*pair) for pair in zip(viewmats, steps, strict=True)])
+  return viewmats, anchors._replace(points=anchors.points + moved, wander=wander)
+
+
+def _bundle(pictures, viewmats, anchors: Anchors, spread: float) -> tuple[float, float]:
+  """Focal length that agrees best, and the spread of its logarithm: bundle adjustment.
+
+  The poses are free, since the landmarks' turn more or less with the focal length that they were
+  found with. Only the firmest anchors have a say: those on the head's outline, which slide over it
+  as the head turns, and those that expression moves pull it to a wide angle.
+  """
+  firm = anchors.wander <= np.quantile(anchors.wander, FIRM)
+  few = anchors._replace(
+    **{name: getattr(anchors, name)[firm] for name in ("points", "tangents", "wander")}
+  )
+  sights = _see_all(pictures, viewmats, few, LEVELS[-1])
+  patches, weights = _average(sights)
+  information, slope, energy = _compare(sights, patches)
+  trust = weights / (np.average(energy, 0, weights + 1e-6) + GREY) / ALIKE
+  information, slope = information * trust[..., None, None], slope * trust[..., None]
+  points, wander, focal, begun = few.points, few.wander, few.focal_px, None
+  known = 1 / spread**2
+  for _ in range(FOCAL_ROUNDS):
+    derived = zip(*[_derive(viewmat, points, focal) for viewmat in viewmats], strict=True)
+    at, by_pose, by_point = (np.stack(x) for x in derived)
+    pixels = focal * at[..., :2] / at[..., 2:]
+    begun = pixels if begun is None else begun
+    pull = slope + (information @ (pixels - begun)[..., None])[..., 0]
+    # With the focal length the distance grows, and the head stays as large.
+    by_focal = pixels * (1 - viewmats[:, None, 2, 3, None] / at[..., 2:])
+    wander = _find_wander(information, pull, weights > 0.05, wander, few.unit_px)
+    share = np.linalg.inv(np.eye(2) + information * wander[:, None, None])
+    steps, longer, moved, spread = _solve(
+      share @ information, (share @ pull[..., None])[..., 0], by_pose, by_focal, by_point,
+      (np.full(6, 1e-3), np.zeros((len(viewmats), 6))),
+      (known, known * np.log(focal / few.focal_px)), points - few.points,
+    )  # fmt: skip
+    viewmats = np.stack([_move(*pair) for pair in zip(viewmats, steps, strict=True)])
+    viewmats[:, 2, 3] *= np.exp(longer)
+    points, focal = points + moved, float(focal * np.exp(longer))
+    if abs(longer) < 1e-3:
+      break
+  return focal, float(spread)
+
+
+def _solve(information, pull, by_pose, by_focal, by_point, pose_prior, focal_prior, away):
+  """A Gauss-Newton step; the anchors' places are eliminated (Schur complement).
+
+  Args:
+    information: of each anchor's pixel in each frame, [s n 2 2].
+    pull: the gradient there, [s n 2].
+    by_pose: derivatives of the pixel, [s n 2 6].
+    by_focal: by the focal length's logarithm, [s n 2].
+    by_point: [s n 2 3].
+    pose_prior: information [6] and gradient [s 6].
+    focal_prior: information and gradient.
+    away: how far the anchors are from where they are drawn to, [n 3].
+
+  Returns:
+    Steps of the poses [s 6], of the focal length's logarithm and of the anchors [n 3], and the
+    standard deviation of that logarithm.
+  """
+  count, points = pull.shape[:2]
+  tied, bound = information @ by_pose, (information @ by_focal[..., None])[..., 0]
+  own = np.einsum("snia,snib->sab", by_pose, tied, optimize=True) + np.diag(pose_prior[0])
+  lhs = np.zeros((6 * count + 1, 6 * count + 1))
+  lhs[:-1, :-1].reshape(count, 6, count, 6)[np.arange(count), :, np.arange(count)] = own
+  lhs[-1, :-1] = lhs[:-1, -1] = np.einsum("snia,sni->sa", by_pose, bound, optimize=True).ravel()
+  lhs[-1, -1] = (by_focal * bound).sum() + focal_prior[0]
+  rhs = np.einsum("snia,sni->sa", by_pose, pull, optimize=True) + pose_prior[1]
+  rhs = np.append(rhs, (by_focal * pull).sum() + focal_prior[1])
   face = np.einsum("snia,snib->nab", by_point, information @ by_point, optimize=True)
   face = face + np.eye(3) / DEPTH_SPREAD_M**2
-  tug = np.einsum("snia,sni->na", by_point, pull, optimize=True)
-  tug = tug + (anchors.points - places) / DEPTH_SPREAD_M**2
-  both = np.einsum("snia,snib->nbsa", tied, by_point, optimize=True)
-  both = both.reshape(len(places), 3, -1)
-  # The anchors' places are eliminated (Schur complement).
+  tug = np.einsum("snia,sni->na", by_point, pull, optimize=True) + away / DEPTH_SPREAD_M**2
+  both = np.einsum("snia,snib->nbsa", tied, by_point, optimize=True).reshape(points, 3, -1)
+  last = np.einsum("sni,snib->nb", bound, by_point, optimize=True)
+  both = np.concatenate([both, last[..., None]], -1)
   solved = np.linalg.solve(face, np.concatenate([both, tug[..., None]], -1))
-  count = len(viewmats)
-  lhs = -np.tensordot(both, solved[..., :-1], ([0, 1], [0, 1]))
-  lhs.reshape(count, 6, count, 6)[np.arange(count), :, np.arange(count)] += own
-  rhs = rhs.ravel() - np.tensordot(both, solved[..., -1], ([0, 1], [0, 1]))
+  lhs -= np.tensordot(both, solved[..., :-1], ([0, 1], [0, 1]))
+  rhs -= np.tensordot(both, solved[..., -1], ([0, 1], [0, 1]))
   step = -np.linalg.solve(lhs, rhs)
   moved = -solved[..., -1] - solved[..., :-1] @ step
-  steps = np.clip(step.reshape(count, 6), -0.05, 0.05)
-  viewmats = np.stack([_move(*pair) for pair in zip(viewmats, steps, strict=True)])
-  points = anchors.points + np.clip(moved, -0.005, 0.005)
-  return viewmats, anchors._replace(points=points, wander=wander)
+  sure = lhs[-1, -1] - lhs[-1, :-1] @ np.linalg.solve(lhs[:-1, :-1], lhs[:-1, -1])
+  return (
+    np.clip(step[:-1].reshape(count, 6), -0.05, 0.05), np.clip(step[-1], -0.15, 0.15),
+    np.clip(moved, -0.005, 0.005), 1 / np.sqrt(max(sure, 1e-9)),
+  )  # fmt: skip
 
 
 def _move(viewmat: Float[np.ndarray, "4 4"], step: Float[np.ndarray, "6"]) -> np.ndarray:

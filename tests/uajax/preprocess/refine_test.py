@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 from scipy.spatial.transform import Rotation
 
-from uajax.preprocess import refine, track
+from uajax.preprocess import landmarks, refine, track
 
 SIZE, FOCAL, AWAY, FRAMES = 200, 360.0, 0.42, 20
 
@@ -94,3 +94,28 @@ def test_pictures_tell_nods_from_raised_brows(scene):
 def test_a_head_without_texture_keeps_its_poses(scene):
   blank = [np.full((SIZE, SIZE), 128, np.uint8)] * 4
   assert refine.learn(blank, scene.guess[:4], scene.found, np.ones(478)) is None
+
+
+def test_pictures_tell_the_focal_length(scene):
+  wrong = refine.refocus(scene.found, 0.8 * FOCAL, 0.3)
+  scores = np.zeros((FRAMES, 52))
+  scores[:, landmarks.BLENDSHAPES.index("browInnerUp")] = scene.brows / scene.brows.max()
+  calm = refine.choose_calm_frames(np.ones(FRAMES, bool), scores)
+  assert sorted(calm) == list(range(FRAMES))
+  pictures = [scene.pictures[f] for f in calm]
+  focal_px, spread = refine.find_focal(pictures, wrong.viewmats[calm], wrong, np.ones(478))
+  print(focal_px, spread)
+  assert focal_px == pytest.approx(FOCAL, rel=0.05) and 0 < spread < 0.1
+  blank = [np.full((SIZE, SIZE), 128, np.uint8)] * 4
+  assert refine.find_focal(blank, wrong.viewmats[:4], wrong, np.ones(478)) == (0.8 * FOCAL, 0.3)
+
+
+def test_calm_frames_are_those_of_least_expression():
+  scores = np.zeros((400, 52))
+  scores[200:, landmarks.BLENDSHAPES.index("browDownLeft")] = np.linspace(0.1, 0.9, 200)
+  scores[:, landmarks.BLENDSHAPES.index("jawOpen")] = np.arange(400) % 2
+  present = np.ones(400, bool)
+  present[:100] = False
+  calm = refine.choose_calm_frames(present, scores)
+  assert len(calm) == refine.SAMPLES == len(set(calm))
+  assert min(calm) >= 100 and max(calm) < 320
