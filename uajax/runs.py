@@ -39,8 +39,8 @@ VERSION = 1
 _BEFORE: dict[type, dict] = {
   Stage: {"silence": 0.0, "noise": 0.0},
   Weights: {"eyes": 0.0, "doubt": 0.0},
-  Motion: {"ajar": 0.0, "blink_gain": 1.0, "calibrated": False, "modalities": ["audio", "content", "style", "emotion"],
-           "uncertainty": True}}
+  Motion: {"ajar": 0.0, "blink_gain": 1.0, "calibrated": False, "uncertainty": True,
+           "modalities": ["audio", "content", "style", "emotion"]}}
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read
 _UNNAMED = "orbax-checkpoint-tmp*"  # how Orbax calls a checkpoint that it still writes
