@@ -1,4 +1,4 @@
-"""Programs compiled before they are wanted, by a thread, while the device trains.
+"""Programs compiled before they are wanted, by threads, while the device trains.
 
 A training runs some twenty programs. On a GPU the larger ones take half a minute each to compile,
 together a good part of the whole; nearly all of that can happen meanwhile.
@@ -6,7 +6,9 @@ together a good part of the whole; nearly all of that can happen meanwhile.
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,53 +28,70 @@ class Ahead:
   What nobody prepared, or prepared for arrays of other shapes, is compiled as ever.
   """
 
-  def __init__(self, *, active: bool = True):
+  def __init__(self, *, active: bool = True, threads: int | None = None):
     """
     Args:
       active: whether anything is compiled ahead at all.
+      threads: how many programs are compiled at once; None: one for every four cores, four at most.
     """
     self.active = active
-    self._programs: dict[Any, concurrent.futures.Future | None] = {}
-    self._busy: concurrent.futures.Future | None = None
-    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    if threads is None:
+      threads = min(max((os.cpu_count() or 1) // 4, 1), 4)
     self.used = 0  # programs that were compiled in advance and then called for
+    self.waited_s = 0.0  # for programs that were not compiled when they were called for
+    self._programs: dict[Any, concurrent.futures.Future | None] = {}
+    self._threads = concurrent.futures.ThreadPoolExecutor(threads)
+    self._most = threads
+    self._busy: list[concurrent.futures.Future] = []
+    self._settled: Hashable = None
 
   def __enter__(self) -> "Ahead":
     return self
 
   def __exit__(self, *_) -> None:
-    self._thread.shutdown(cancel_futures=True)
+    self._threads.shutdown(cancel_futures=True)
 
   def __call__(self, call: Call) -> Any:
     """The function's answer."""
     function, static, arrays = call
-    if not self.active:
-      return function(*arrays, **static)
     key = _key(call)
+    begun, known = time.monotonic(), key in self._programs
     program = self._programs.setdefault(key, None)
     if isinstance(program, concurrent.futures.Future):
       with contextlib.suppress(Exception):  # it will be raised again below
         self._programs[key] = program = program.result()
         self.used += 1
-    if not callable(program):
-      return function(*arrays, **static)
-    return program(*arrays)
+        self.waited_s += time.monotonic() - begun
+    if callable(program):
+      return program(*arrays)
+    answer = function(*arrays, **static)
+    if not known:
+      self.waited_s += time.monotonic() - begun
+    return answer
 
-  def prepare(self, upcoming: Iterable[Call]) -> None:
-    """Has the next program that is not known yet compiled, unless the thread is still busy.
+  def prepare(self, upcoming: Iterable[Call], about: Hashable = None) -> None:
+    """Has the next programs that are not known yet compiled, as many as threads are idle.
 
     Args:
-      upcoming: what will be called, in order. It is read no further than to the first that is
-        not known.
+      upcoming: what will be called, in order. It is read no further than need be.
+      about: all that `upcoming` depends on, if given: once all of it is known, it is not read
+        again.
     """
-    if not self.active or (self._busy is not None and not self._busy.done()):
+    if not self.active or (about is not None and about == self._settled):
+      return
+    self._busy = [each for each in self._busy if not each.done()]
+    if len(self._busy) >= self._most:
       return
     for call in upcoming:
       key = _key(call)
-      if key not in self._programs:
-        shapes = call._replace(arrays=jax.tree.map(_shape, call.arrays))
-        self._busy = self._programs[key] = self._thread.submit(self._compile, shapes)
+      if key in self._programs:
+        continue
+      shapes = call._replace(arrays=jax.tree.map(_shape, call.arrays))
+      self._programs[key] = submitted = self._threads.submit(self._compile, shapes)
+      self._busy.append(submitted)
+      if len(self._busy) >= self._most:
         return
+    self._settled = about
 
   def _compile(self, call: Call):
     return call.function.lower(*call.arrays, **call.static).compile()

@@ -2,7 +2,7 @@
 
 The picture asks for more splats where the screen-space gradient of one is large: a small one is
 cloned, a large one split in two. Faint and oversized ones go. Arrays keep their size: a dead slot
-is one that may be filled. What could not be placed is counted, and the loop then doubles the slots;
+is one that may be filled. What could not be placed is counted, and the loop then makes more slots;
 where most are dead it halves them.
 Axes: n slots.
 """
@@ -121,12 +121,12 @@ def clear_moments(opt_state, born: Alive):
   return jax.tree.map(clear, opt_state)
 
 
-def double(tree, slots: int):
-  """The same with twice the slots: every leaf of `slots` rows gets as many dead ones after it."""
+def extend(tree, slots: int, more: int):
+  """The same with `more` slots: every leaf of `slots` rows gets dead ones after it."""
 
   def pad(leaf):
     if leaf.ndim and leaf.shape[0] == slots:
-      return jnp.concatenate([leaf, jnp.zeros_like(leaf)])
+      return jnp.concatenate([leaf, jnp.zeros((more - slots, *leaf.shape[1:]), leaf.dtype)])
     return leaf
 
   return jax.tree.map(pad, tree)

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -203,11 +203,14 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   before = sum(s.steps for s in experiment.stages()[:number])
   begun = step = int(state.step)  # `begun`: where the steps begin that one report sums up
   ends = list(_ends(experiment, stage, step))
-  began, sums = time.monotonic(), no_sums()
+  began, waited, sums = time.monotonic(), programs.waited_s, no_sums()
   running = last = None
   for end, chunk in fed.chunks(stage, key, step, ends):
     jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
     arrays = jnp.asarray(end - step), fed.material, chunk, key
+    if running is None:
+      programs.prepare(*_upcoming(
+        experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
     state, sums = programs(_steps(
       experiment, stage, step, at.capacity, state, sums, arrays, perceptual))
     last, running = running, sums
@@ -224,10 +227,12 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
       state = slots.give_up_spare(stage, state)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
-      programs.prepare(_upcoming(
+      programs.prepare(*_upcoming(
         experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
-      took = time.monotonic() - began
-      report |= _census(stage, state, changed) | {"step_ms": 1e3 * took / count}
+      compile_s = programs.waited_s - waited
+      took = time.monotonic() - began - compile_s
+      report |= _census(stage, state, changed) | {
+        "step_ms": 1e3 * took / count, "compile_s": compile_s}
       if shows:
         report |= shown.keep(journal, before + step, stage, state.avatar, programs)
       if journal:
@@ -257,7 +262,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         stopping)
     if done:
       at = here
-    begun, began, sums = step, time.monotonic(), no_sums()
+    begun, began, waited, sums = step, time.monotonic(), programs.waited_s, no_sums()
   return state.avatar, at
 
 
@@ -284,21 +289,46 @@ def _steps(experiment: Experiment, stage: Stage, step: int, capacity: int | None
 
 
 def _upcoming(experiment: Experiment, number: int, step: int, state: State, sums, arrays: tuple,
-              perceptual, capacity: int | None, shown: "Shown") -> Iterator[Call]:
-  """The programs that follow, and what they are given if slots stay as they are now wanted."""
-  count, material, chunk, key = arrays
+              perceptual, capacity: int | None, shown: "Shown"
+              ) -> tuple[Iterator[Call], Hashable]:
+  """The programs that follow, and what they are given if slots stay as they are now wanted.
+
+  Returns:
+    the calls, and all that they depend on.
+  """
   stage = experiment.stages()[number]
   later = [point for point in turning_points(stage) if point > step]
-  yield shown.drawing(state.avatar)
+  fewer = growing = None
   if stage.name != "fuse":
+    fewer = slots.wanted(stage, state)
+    growing = step < stage.densify.until and slots.is_filling(stage, state)
+  held = tuple(len(layer.alive) for layer in (state.avatar.face, state.avatar.mouth))
+  about = number, len(later), held, fewer, growing, capacity
+  return _calls(experiment, number, step, later, state, sums, arrays, perceptual, capacity, shown,
+                fewer, growing), about
+
+
+def _calls(experiment: Experiment, number: int, step: int, later: list[int], state: State, sums,
+           arrays: tuple, perceptual, capacity: int | None, shown: "Shown", fewer: int | None,
+           growing: bool | None) -> Iterator[Call]:
+  count, material, chunk, key = arrays
+  stage = experiment.stages()[number]
+  steps = lambda stage, point, state: _steps(
+    experiment, stage, point, capacity, state, sums, (count, material, chunk, key), perceptual)
+  if fewer is not None:
     yield _growth(experiment, stage, state, arrays)
-    fit = functools.partial(slots.keep, stage, slots.wanted(stage, state))
-    state = _shapes(experiment, fit, state)
+  if growing:
+    grown = _shapes(experiment, functools.partial(slots.grow, stage), state)
+    yield steps(stage, step, grown)
+    yield _growth(experiment, stage, grown, arrays)
+  if fewer is not None:
+    fit = functools.partial(slots.keep, stage, fewer)
+    fitted = _shapes(experiment, fit, state)
+    yield from (steps(stage, point, fitted) for point in later[:1] if point < stage.steps)
+    yield shown.drawing(state.avatar)
+    state = fitted
   while True:
-    for point in later:
-      if point < stage.steps:
-        yield _steps(experiment, stage, point, capacity, state, sums,
-                     (count, material, chunk, key), perceptual)
+    yield from (steps(stage, point, state) for point in later if point < stage.steps)
     yield shown.drawing(state.avatar)
     number += 1
     if number == len(experiment.stages()):
@@ -309,7 +339,7 @@ def _upcoming(experiment: Experiment, number: int, step: int, state: State, sums
     if stage.name == "fuse":  # it alone looks at what is behind the head
       chunk = chunk.replace(pictures=chunk.pictures._replace(background=chunk.pictures.image))
     else:
-      yield _growth(experiment, stage, state, arrays)
+      yield _growth(experiment, stage, state, (count, material, chunk, key))
 
 
 def _shapes(experiment: Experiment, function, tree):

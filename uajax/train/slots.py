@@ -3,6 +3,7 @@
 Programs are compiled for a number of slots, and a step costs what its slots cost.
 """
 
+import fractions
 import functools
 
 from uajax.config import Stage
@@ -10,19 +11,39 @@ from uajax.train import densify
 from uajax.train.step import State
 
 FEWEST = 128  # what a program of the fusion's kernels takes at once
+FILLING = 0.6  # of the slots: so many are used when more will be wanted before long
 
 
 def make_room(stage: Stage, state: State, change: densify.Change) -> State:
-  """Twice the slots where growth found none left, up to the stage's limit."""
+  """More slots where growth found none left, up to the stage's limit."""
+  return grow(stage, state) if int(change.missed) else state
+
+
+def grow(stage: Stage, state: State) -> State:
+  """Half as many slots again, and next time what makes that twice as many."""
   layer = getattr(state.avatar, stage.name)
   slots = layer.alive.shape[0]
-  if int(change.missed) == 0 or 2 * slots > stage.densify.max_slots:
+  more = _larger(stage, slots)
+  if more <= slots:
     return state
-  splats, alive = densify.double((layer.splats, layer.alive), slots)
+  splats, alive = densify.extend((layer.splats, layer.alive), slots, more)
   return state.replace(
     avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
-    opt=state.opt | {"splats": densify.double(state.opt["splats"], slots)},
-    stats=densify.no_stats(2 * slots))
+    opt=state.opt | {"splats": densify.extend(state.opt["splats"], slots, more)},
+    stats=densify.no_stats(more))
+
+
+def is_filling(stage: Stage, state: State) -> bool:
+  """Whether there will be more slots before long, if growth goes on."""
+  alive = getattr(state.avatar, stage.name).alive
+  slots = alive.shape[0]
+  return _larger(stage, slots) > slots and int(alive.sum()) > FILLING * slots
+
+
+def _larger(stage: Stage, slots: int) -> int:
+  times = fractions.Fraction(slots, stage.densify.slots)
+  doubled = not any(n & (n - 1) for n in (times.numerator, times.denominator))
+  return min(slots * 3 // 2 if doubled else slots * 4 // 3, stage.densify.max_slots)
 
 
 def give_up_spare(stage: Stage, state: State) -> State:

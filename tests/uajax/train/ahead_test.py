@@ -25,10 +25,11 @@ def calls(powers, *arrays):
 
 
 def test_what_was_prepared_is_used_and_what_was_not_works():
-  with Ahead() as programs:
+  with Ahead(threads=1) as programs:
     shift = {"by": jnp.ones(())}
     programs.prepare(iter(calls((2, 3), shape(3), shift)))
-    programs._busy.result()
+    for each in programs._busy:
+      each.result()
     before = raised._cache_size()
     np.testing.assert_array_equal(
       programs(Call(raised, dict(power=2), (jnp.arange(3.0), shift)))["sum"], [1, 4, 9])
@@ -50,16 +51,16 @@ def test_functions_are_told_apart():
     assert programs.used == 1
 
 
-def test_the_first_unknown_program_is_prepared_and_one_at_a_time(monkeypatch):
+def test_the_first_unknown_programs_are_prepared_and_no_more_than_threads_at_a_time(monkeypatch):
   hold = threading.Event()
-  with Ahead() as programs:
+  with Ahead(threads=2) as programs:
     compile_ = programs._compile
     monkeypatch.setattr(programs, "_compile", lambda *a: hold.wait(10) and compile_(*a))
     shift = {"by": jnp.zeros(())}
     programs(Call(raised, dict(power=2), (jnp.ones(2), shift)))
-    programs.prepare(calls((2, 3, 4), shape(2), shift))
-    programs.prepare(iter(()))  # busy: is not even read
-    assert len(programs._programs) == 2
+    programs.prepare(calls((2, 3, 4, 5), shape(2), shift))
+    programs.prepare(calls((6,), shape(2), shift))  # busy: is not even read
+    assert len(programs._programs) == 3
     hold.set()
     answer = programs(Call(raised, dict(power=3), (jnp.full(2, 2, jnp.float32), shift)))
     np.testing.assert_array_equal(answer["sum"], [8, 8])
@@ -72,3 +73,26 @@ def test_a_program_that_does_not_compile_fails_where_it_is_called():
     programs.prepare(calls((2,), shape(3), wrong))
     with pytest.raises(KeyError, match="by"):
       programs(Call(raised, dict(power=2), (jnp.ones(3), wrong)))
+
+
+def test_what_is_settled_is_not_asked_again():
+  shift = {"by": jnp.zeros(())}
+
+  def upcoming():
+    asked.append(True)
+    yield from calls((2,), shape(2), shift)
+
+  asked = []
+  with Ahead(threads=2) as programs:
+    for about in "first", "first", "second", "second":
+      programs.prepare(upcoming(), about)
+    assert len(asked) == 2
+
+
+def test_time_spent_waiting_for_programs_is_told():
+  with Ahead() as programs:
+    shift = {"by": jnp.ones(())}
+    programs(Call(raised, dict(power=7), (jnp.ones(5), shift)))
+    once = programs.waited_s
+    programs(Call(raised, dict(power=7), (jnp.ones(5), shift)))
+    assert 0 < once == programs.waited_s

@@ -83,10 +83,10 @@ def test_moments_of_the_newborn_are_zero_and_of_the_others_untouched():
   assert cleared["count"] == 7
 
 
-def test_doubling_keeps_what_lives():
+def test_more_slots_keep_what_lives():
   splats, alive = population(slots=9)
-  more, lives = densify.double((splats, alive), 9)
-  assert lives.shape == (18,) and int(lives.sum()) == 8
+  more, lives = densify.extend((splats, alive), 9, 13)
+  assert lives.shape == (13,) and int(lives.sum()) == 8
   np.testing.assert_array_equal(more.means[:9], splats.means)
 
 
