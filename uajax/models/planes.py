@@ -11,7 +11,7 @@ Axes: n positions, s scales, p planes (3), r texels a side, c channels.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from uajax.config import Planes as PlanesConfig
 from uajax.models.initial import PLANE, uniform
@@ -46,7 +46,7 @@ def sample(
     bound: metres, where the planes end.
   """
   planes, points = jnp.asarray(planes), jnp.asarray(points)
-  side, channels = planes.shape[1], planes.shape[3]
+  side = planes.shape[1]
   # In the order of the official code: on fine planes another rounding is another value.
   coordinate = (points - bound) * (2 / (-bound - bound)) - 1
   at = jnp.clip((coordinate + 1) / 2 * (side - 1), 0, side - 1)
@@ -60,10 +60,34 @@ def sample(
   plane = jnp.broadcast_to(jnp.arange(3)[:, None], (3, points.shape[0]))
   corners = jnp.stack([plane, by_plane(low, 1), by_plane(low, 0)], -1)
   # One window of 2 x 2 texels a plane: a quarter of the look-ups, which is what a CPU pays for.
-  windows = jax.lax.gather(
+  windows = _windows(planes, corners)
+  rows = windows[:, :, :, 0] * (1 - right[:, :, None]) + windows[:, :, :, 1] * right[:, :, None]
+  return (rows[:, :, 0] * (1 - down) + rows[:, :, 1] * down).prod(0)
+
+
+@jax.custom_vjp
+def _windows(planes: Float[Array, "p r r c"], corners: Int[Array, "p n 3"]
+             ) -> Float[Array, "p n 2 2 c"]:
+  """The 2 x 2 texels from each corner (plane, row, column) on."""
+  return jax.lax.gather(
     planes, corners,
     jax.lax.GatherDimensionNumbers(
       offset_dims=(2, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0, 1, 2)),
-    (1, 2, 2, channels), mode="promise_in_bounds")
-  rows = windows[:, :, :, 0] * (1 - right[:, :, None]) + windows[:, :, :, 1] * right[:, :, None]
-  return (rows[:, :, 0] * (1 - down) + rows[:, :, 1] * down).prod(0)
+    (1, 2, 2, planes.shape[3]), mode="promise_in_bounds")
+
+
+def _scattered(residuals, d_windows):
+  planes, corners = residuals
+  # Zeros that the compiler does not know to be any: of those it would keep one array apart from
+  # the loop of steps, and copy it at each, which takes twice as long as to fill it.
+  nought = jnp.where(corners[:1, :1].sum() < 0, 1.0, 0.0).astype(d_windows.dtype)
+  d_planes = jax.lax.scatter_add(
+    jnp.broadcast_to(nought, planes.shape), corners, d_windows,
+    jax.lax.ScatterDimensionNumbers(
+      update_window_dims=(2, 3, 4), inserted_window_dims=(0,),
+      scatter_dims_to_operand_dims=(0, 1, 2)),
+    mode="promise_in_bounds")
+  return d_planes, None
+
+
+_windows.defvjp(lambda planes, corners: (_windows(planes, corners), (planes, corners)), _scattered)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from uajax.avatar import Avatar, know
+from uajax.avatar import Avatar, Known, know
 from uajax.config import Experiment, Stage
 from uajax.errors import UserError
 from uajax.models.motion import FACE_MODALITIES, MOUTH_MODALITIES
@@ -162,9 +162,9 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
       rest = rest[0], _through_noise(stage, rest[1], index, step, key), *rest[2:]
     frames = Frame(*pictures, *rest)
 
-    def loss_of(params, probes):
+    def loss_of(params, probes, places=None):
       joined = optimizer.join(avatar, params)
-      known = None if mesh is None else _mean_going_back(know(joined))
+      known = Known(**{layer: places})
       one = lambda frame, probe: objective(setting, moment, joined, frame, probe, known)
       if len(index) == 1:
         losses, parts = jax.tree.map(
@@ -173,8 +173,15 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
         losses, parts = jax.vmap(one)(frames, probes)
       return jnp.mean(losses), parts
 
-    (loss, parts), (grads, d_probes) = jax.value_and_grad(
-      loss_of, argnums=(0, 1), has_aux=True)(params, probes)
+    d_places = look_up = None
+    if mesh is None or phase == "static" or stage.name == "fuse":
+      (loss, parts), (grads, d_probes) = jax.value_and_grad(
+        loss_of, argnums=(0, 1), has_aux=True)(params, probes)
+    else:
+      places, look_up = jax.vjp(
+        lambda params: getattr(know(optimizer.join(avatar, params)), layer), params)
+      (loss, parts), (grads, d_probes, d_places) = jax.value_and_grad(
+        loss_of, argnums=(0, 1, 2), has_aux=True)(params, probes, places)
     # Of one frame alone: thresholds are for that, not for a share of a mean.
     height, width = pictures.image.shape[1:3]
     ndc = d_probes * (len(index) * jnp.asarray([0.5 * width, 0.5 * height]))[None, None, :]
@@ -186,9 +193,16 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
     overflow = parts.overflow.max()
     if mesh is not None:
       stats, overflow = jax.lax.psum(stats, FRAMES), jax.lax.pmax(overflow, FRAMES)
-      report, grads = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if _is_plane(path) else jax.lax.pmean(leaf, FRAMES),
-        (report, grads))
+      if look_up is None:
+        report, grads = jax.lax.pmean((report, grads), FRAMES)
+      else:
+        # All frames look up the same places, so the mean may be taken before it is scattered into
+        # the tri-planes, which hold several times as much.
+        small = jax.lax.pmean((report, _but_planes(grads)), FRAMES)
+        d_places, (report, others) = _means_in_turn(d_places, small)
+        by_places, = look_up(d_places)
+        grads = jax.tree.map(lambda own, other: own if other is None else own + other,
+                             by_places, others, is_leaf=lambda leaf: leaf is None)
     return report | {"overflow": overflow.astype(jnp.float32)}, grads, stats
 
   if mesh is not None:
@@ -215,23 +229,30 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
   return state, report | {"grad_norm": norm, "skipped": (~sound).astype(jnp.float32)}
 
 
-@jax.custom_vjp
-def _mean_going_back(known):
-  """The same, whose cotangents are the mean over the devices that share a batch.
+def _but_planes(grads):
+  """None in place of the tri-planes' gradients: only what is known of places depends on those."""
+  is_plane = lambda path: any(getattr(key, "key", None) == "planes" for key in path)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: None if is_plane(path) else leaf, grads)
 
-  All frames look up the same places, so the mean may be taken before it is scattered into the
-  tri-planes, which hold several times as much.
+
+def _means_in_turn(large, small):
+  """Means of `large` over the devices, one array after the other, once `small` is had.
+
+  What travels at once the compiler packs into one array and unpacks again, which takes as long as
+  the way itself.
   """
-  return known
-
-
-_mean_going_back.defvjp(
-  lambda known: (known, None), lambda _, d_known: (jax.lax.pmean(d_known, FRAMES),))
-
-
-def _is_plane(path) -> bool:
-  """Whether a parameter is of tri-planes: only what is known of places depends on those."""
-  return any(getattr(key, "key", None) == "planes" for key in path)
+  leaves, tree = jax.tree.flatten(large)
+  means = []
+  for leaf in leaves:
+    if not leaf.size:
+      means.append(leaf)
+      continue
+    leaf, small = jax.lax.optimization_barrier((leaf, small))
+    mean = jax.lax.pmean(leaf, FRAMES)
+    mean, small = jax.lax.optimization_barrier((mean, small))
+    means.append(mean)
+  return jax.tree.unflatten(tree, means), small
 
 
 @functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity", "mesh"),
