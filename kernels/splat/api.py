@@ -24,7 +24,7 @@ EXTENTS = ("exact", "official")
 KERNELS = {"mosaic": pallas, "interpret": pallas, "tpu": pallas_tpu, "tpu interpret": pallas_tpu}
 ROOM = 2**30  # pairs that int32 can number in every implementation
 FREE = 2**22  # pairs a camera up to which the guessed room grows by `pairs` a splat
-MANY, PIECES = 2**18, 8  # so many splats are projected in so many pieces
+MANY, PIECES = 2**18, 4  # so many splats are projected in so many pieces
 
 
 class Rasterized(NamedTuple):

@@ -405,3 +405,24 @@ def test_what_compiles_is_the_same_within_shard_map(monkeypatch):
   jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(
       jnp.zeros(4))
   assert told[0] and told[1] == told[0]
+
+
+def test_many_splats_are_projected_in_pieces_as_they_are_at_once(monkeypatch):
+  seen = []
+
+  def of(some):
+    means, opacities = some
+    seen.append(len(means))
+    return {"far": jnp.linalg.norm(means, axis=1), "seen": means[:, :2] * opacities[:, None]}
+
+  def differentiate(splats):
+    value = lambda splats: sum(jnp.sum(x**2) for x in jax.tree.leaves(api._in_pieces(of, splats)))
+    return api._in_pieces(of, splats), jax.grad(value)(splats)
+
+  splats = jax.random.normal(jax.random.key(0), (24, 3)), jnp.linspace(0, 1, 24)
+  at_once = differentiate(splats)
+  assert set(seen) == {24}
+  monkeypatch.setattr(api, "MANY", 24)
+  seen.clear()
+  chex.assert_trees_all_close(differentiate(splats), at_once, rtol=1e-6)
+  assert set(seen) == {24 // api.PIECES}

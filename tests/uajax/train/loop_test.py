@@ -31,18 +31,19 @@ def experiment(steps: int = 8) -> config.Experiment:
   motion = config.Motion(planes=planes, emotion_planes=planes, members=2, hidden=4, latent=4,
                          features=4)
 
-  def small(stage, slots, **changes):
+  def small(stage, slots, most, **changes):
     densify = dataclasses.replace(stage.densify, start=1, every=2, until=6, slots=slots,
-                                  max_slots=64, grad_threshold=1e-9, prune_size=10.0,
+                                  max_slots=most, grad_threshold=1e-9, prune_size=10.0,
                                   min_opacity=0.0, min_opacity_rise=0.0)
     return dataclasses.replace(config.shorten(stage, steps, splats=24), guide_every=2,
                                lpips_from=steps, densify=densify, **changes)
 
-  # Each program takes long to compile: every phase once, the doubling of slots once.
+  # Each program takes long to compile: every phase once, the growth of slots once.
   fuse = dataclasses.replace(config.FUSE, steps=2, lpips_from=0)
   return config.Experiment(
-    model=config.Model(motion=motion), mouth=small(config.MOUTH, 32, warm_steps=2, ensemble_from=2),
-    face=small(config.FACE, 64, warm_steps=0, ensemble_from=steps), fuse=fuse,
+    model=config.Model(motion=motion),
+    mouth=small(config.MOUTH, 32, 48, warm_steps=2, ensemble_from=2),
+    face=small(config.FACE, 64, 64, warm_steps=0, ensemble_from=steps), fuse=fuse,
     log_every=2, picture_every=8, save_every=2)
 
 
