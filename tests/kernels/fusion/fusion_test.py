@@ -53,9 +53,10 @@ def test_agrees_with_the_dense_definition_however_sure_the_members_are(noise, me
 def test_traces_are_differentiable():
   means, log_vars = beliefs(members=4, splats=8, latent=16)
   with jax.enable_x64(True):
-    want = jax.grad(lambda m, s: fuse(m, s, implementation="reference").epistemic.sum(), (0, 1))(
+    want = jax.jit(jax.grad(
+      lambda m, s: fuse(m, s, implementation="reference").epistemic.sum(), (0, 1)))(
       jnp.asarray(means, jnp.float64), jnp.asarray(log_vars, jnp.float64))
-  got = jax.grad(lambda m, s: fuse(m, s).epistemic.sum(), (0, 1))(means, log_vars)
+  got = jax.jit(jax.grad(lambda m, s: fuse(m, s).epistemic.sum(), (0, 1)))(means, log_vars)
   for a, b in zip(got, want, strict=True):
     assert relative(a, np.asarray(b)) <= 1e-4
 
