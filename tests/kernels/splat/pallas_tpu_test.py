@@ -66,6 +66,7 @@ def test_agrees_with_the_reference(name):
       picture(inputs, kind) for kind in ("pallas", "reference"))))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_many_chunks_a_tile_and_early_exits_draw_as_plain_xla_does_under_vmap():
   # Nearly opaque splats, most of them in a few tiles.
