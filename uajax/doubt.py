@@ -10,7 +10,6 @@ Axes: f frames, h w pixels, n splats.
 """
 
 import argparse
-import json
 import math
 import os
 import pathlib
@@ -25,9 +24,10 @@ from jaxtyping import Array, Float, UInt8
 from scipy.stats import rankdata
 
 from kernels.fusion import fuse_answers
-from uajax import metrics, saving, synthesize
+from uajax import metrics, synthesize
 from uajax.avatar import Avatar, know
 from uajax.errors import UserError
+from uajax.figures import tell
 from uajax.models.fusion import Ensembles
 from uajax.models.motion import FACE_MODALITIES, FaceMotion, Places
 from uajax.progress import Progress
@@ -222,16 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--subject", help="the subject folder's new place, if it was moved")
   parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
   args = parser.parse_args(argv)
-  try:
-    report = measure(args.run, args.split, snrs_db=args.snr, subject=args.subject)
-    if args.out is not None:
-      with saving.aside(args.out) as partial:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  print(describe(report))
-  return 0
+  return tell(
+    lambda: measure(args.run, args.split, snrs_db=args.snr, subject=args.subject), describe,
+    args.out)
 
 
 if __name__ == "__main__":

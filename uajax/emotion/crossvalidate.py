@@ -14,7 +14,6 @@ Axes: n utterances, l labels, d features.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -29,9 +28,9 @@ from uajax.emotion.corpora import Utterance
 from uajax.emotion.distill import NEUTRAL, DistillConfig, Recording
 from uajax.emotion.network import EmotionConfig
 from uajax.errors import UserError
+from uajax.figures import tell
 from uajax.priors.fit import FitConfig
 from uajax.progress import Progress
-from uajax.saving import aside
 from uajax.speech import features
 from uajax.speech.features import Views
 from uajax.speech.wav2vec2 import Wav2Vec2Config
@@ -112,16 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   fit = dataclasses.replace(CORPUS.distill.fit, steps=args.steps)
   config = dataclasses.replace(CORPUS, distill=dataclasses.replace(CORPUS.distill, fit=fit))
-  try:
-    report = run(args.corpus, args.labels, config, groups=args.groups, seeds=args.seeds)
-    if args.out is not None:
-      with aside(args.out) as partial:
-        partial.write_text(json.dumps(report, indent=1))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  print(describe(report))
-  return 0
+  return tell(
+    lambda: run(args.corpus, args.labels, config, groups=args.groups, seeds=args.seeds), describe,
+    args.out)
 
 
 def run(

@@ -10,7 +10,6 @@ Axes: f frames, d numbers of a window, k coefficients.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from uajax.errors import UserError
+from uajax.figures import tell
 from uajax.priors import extract
-from uajax.saving import aside
 from uajax.speech import features
 from uajax.types import EMOTION, EXPRESSION
 
@@ -43,16 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("subject", type=pathlib.Path, help="subject folder, features extracted")
   parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
   args = parser.parse_args(argv)
-  try:
-    report = run(args.subject)
-    if args.out is not None:
-      with aside(args.out) as partial:
-        partial.write_text(json.dumps(report, indent=1))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  print(describe(report))
-  return 0
+  return tell(lambda: run(args.subject), describe, args.out)
 
 
 def run(subject: str | pathlib.Path) -> dict:
