@@ -205,12 +205,17 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   ends = list(_ends(experiment, stage, step))
   began, waited, sums = time.monotonic(), programs.waited_s, no_sums()
   running = last = None
+
+  def foresee(arrays):
+    if programs.active:
+      programs.prepare(*_upcoming(
+        experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
+
   for end, chunk in fed.chunks(stage, key, step, ends):
     jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
     arrays = jnp.asarray(end - step), fed.material, chunk, key
     if running is None:
-      programs.prepare(*_upcoming(
-        experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
+      foresee(arrays)
     state, sums = programs(_steps(
       experiment, stage, step, at.capacity, state, sums, arrays, perceptual))
     last, running = running, sums
@@ -227,8 +232,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
       state = slots.give_up_spare(stage, state)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
-      programs.prepare(*_upcoming(
-        experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
+      foresee(arrays)
       compile_s = programs.waited_s - waited
       took = time.monotonic() - began - compile_s
       report |= _census(stage, state, changed) | {
