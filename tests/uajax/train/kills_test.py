@@ -39,7 +39,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, capsys):
       assert loop_test.same(whole, runs.open_run(path))
       shutil.rmtree(path)
       continue
-    assert ended == -signal.SIGKILL, "it failed by itself"
+    assert ended == -signal.SIGKILL, f"it failed by itself: {_said(path)}"
     kills += 1
     saving += torn
     if (path / "run.json").exists():
@@ -54,8 +54,17 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, capsys):
 def _start(subject: pathlib.Path, path: pathlib.Path) -> subprocess.Popen:
   code = ("from tests.uajax.train import loop_test\n"
           f"loop_test.train({str(subject)!r}, {str(path)!r})\n")
-  return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
-                          env=os.environ | {"PYTHONPATH": str(loop_test.ROOT)})
+  with open(_words(path), "w") as words:
+    return subprocess.Popen([sys.executable, "-c", code], stderr=words,
+                            env=os.environ | {"PYTHONPATH": str(loop_test.ROOT)})
+
+
+def _words(path: pathlib.Path) -> pathlib.Path:
+  return path.with_suffix(".stderr")
+
+
+def _said(path: pathlib.Path) -> str:
+  return _words(path).read_text()[-2000:]
 
 
 def _wait_for_the_moment(child: subprocess.Popen, path: pathlib.Path, rng: random.Random) -> bool:
