@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -192,17 +193,18 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
     report = {"loss": loss, "l1": parts.l1.mean(), "psnr": parts.psnr.mean()}
     overflow = parts.overflow.max()
     if mesh is not None:
-      stats, overflow = jax.lax.psum(stats, FRAMES), jax.lax.pmax(overflow, FRAMES)
+      overflow = jax.lax.pmax(overflow, FRAMES)
+      # All frames look up the same places: where that is known apart, the mean may be taken before
+      # it is scattered into the tri-planes, which hold several times as much.
+      own = grads if look_up is None else _but_planes(grads)
+      report, own, d_places = jax.tree.map(lambda leaf: leaf / mesh.size, (report, own, d_places))
+      d_places, (report, own, stats) = _sums_in_turn(d_places, (report, own, stats))
       if look_up is None:
-        report, grads = jax.lax.pmean((report, grads), FRAMES)
+        grads = own
       else:
-        # All frames look up the same places, so the mean may be taken before it is scattered into
-        # the tri-planes, which hold several times as much.
-        small = jax.lax.pmean((report, _but_planes(grads)), FRAMES)
-        d_places, (report, others) = _means_in_turn(d_places, small)
         by_places, = look_up(d_places)
-        grads = jax.tree.map(lambda own, other: own if other is None else own + other,
-                             by_places, others, is_leaf=lambda leaf: leaf is None)
+        grads = jax.tree.map(lambda one, other: one if other is None else one + other,
+                             by_places, own, is_leaf=lambda leaf: leaf is None)
     return report | {"overflow": overflow.astype(jnp.float32)}, grads, stats
 
   if mesh is not None:
@@ -236,23 +238,21 @@ def _but_planes(grads):
     lambda path, leaf: None if is_plane(path) else leaf, grads)
 
 
-def _means_in_turn(large, small):
-  """Means of `large` over the devices, one array after the other, once `small` is had.
+def _sums_in_turn(large, small):
+  """Sums over the devices: of each array in `large` in turn, then of all in `small` at once.
 
-  What travels at once the compiler packs into one array and unpacks again, which takes as long as
-  the way itself.
+  What travels at once the compiler packs into one array and unpacks again: for large arrays that
+  takes as long as the way itself, so they go one after the other. Small ones are packed here,
+  where the unpacking can melt into what is done with them.
   """
   leaves, tree = jax.tree.flatten(large)
-  means = []
-  for leaf in leaves:
-    if not leaf.size:
-      means.append(leaf)
-      continue
-    leaf, small = jax.lax.optimization_barrier((leaf, small))
-    mean = jax.lax.pmean(leaf, FRAMES)
-    mean, small = jax.lax.optimization_barrier((mean, small))
-    means.append(mean)
-  return jax.tree.unflatten(tree, means), small
+  packed, unpack = ravel_pytree(small)
+  sums = []
+  for leaf in (*leaves, packed):
+    if sums and leaf.size:  # none sets out before the one before it has come home
+      leaf, sums[-1] = jax.lax.optimization_barrier((leaf, sums[-1]))
+    sums.append(jax.lax.psum(leaf, FRAMES) if leaf.size else leaf)
+  return jax.tree.unflatten(tree, sums[:-1]), unpack(sums[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("experiment", "stage", "phase", "capacity", "mesh"),
