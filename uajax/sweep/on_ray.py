@@ -2,7 +2,8 @@
 
 The processes that Ray starts only watch: each starts `worker` as a process of its own with the
 devices that Ray gave it, and tells Tune what that one logs. What a sweep knows lies in its folder
-(`trials`), not in Ray's files; those are thrown away.
+(`trials`), not in Ray's files; those are thrown away. Machines of a cluster must all see that
+folder and the subjects under the same paths, and are asked before anything runs.
 """
 
 import collections
@@ -13,16 +14,18 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import ray  # pyright: ignore[reportMissingImports]
 from ray import tune  # pyright: ignore[reportMissingImports]
 from ray.tune import schedulers  # pyright: ignore[reportMissingImports]
 from ray.tune.search import Searcher  # pyright: ignore[reportMissingImports]
+from ray.util import scheduling_strategies  # pyright: ignore[reportMissingImports]
 
 from uajax.errors import Stopped, UserError
 from uajax.progress import Progress
@@ -30,6 +33,8 @@ from uajax.sweep import search, trials, worker
 
 Stopping = Literal["none", "asha", "median"]
 LOOK_S = 0.5  # between looks at what a trial has logged
+REACH_S = 5.0  # for the first answer of a cluster; Ray itself would try for minutes
+ASK_S = 120.0  # for the answers of its machines, whose first process imports all of uajax
 STORE_BYTES = 128 * 2**20  # shared memory of a local Ray, through which only figures go
 _QUIET = {
   "RAY_USAGE_STATS_ENABLED": "0",  # Ray would report its use to its makers
@@ -45,8 +50,9 @@ _QUIET = {
 @dataclasses.dataclass(frozen=True)
 class Settings:
   cpus: float | None = None  # a trial; None: all of a machine's, or 1 beside a GPU
-  gpus: float | None = None  # a trial, or a fraction of one; None: 1 where there are any
-  resources: Mapping[str, float] = dataclasses.field(default_factory=dict)  # a trial, by Ray's name
+  gpus: float | None = None  # a trial, or a fraction of one; None: 1 where there are any, no TPUs
+  # A trial, by Ray's name; {}: 1 TPU where there are any, no GPUs.
+  resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
   address: str | None = None  # of a Ray cluster; None: a Ray of this machine's own
   at_once: int | None = None  # no more trials at a time than these; None: as many as have room
   dashboard: bool = False
@@ -60,13 +66,16 @@ def run(folder: pathlib.Path, proposals: search.Proposals, settings: Settings,
   """Runs all trials that are left. Failed ones do not stop the others.
 
   Raises:
-    UserError: Ray cannot be started or joined, or has not what a trial asks for.
+    UserError: Ray cannot be started or joined, or has not what a trial asks for; a machine of the
+      cluster does not see the sweep's folder or a subject, or cannot import uajax.
     Stopped: by SIGTERM. Trials save before they end, and go on with the same command.
   """
   if not proposals.left:
     return
-  with _joined(settings) as held:
-    share = _share(settings, held)
+  with _joined(settings) as machines:
+    share = _share(settings, machines)
+    if settings.address is not None:
+      _ask_machines([folder.resolve(), *map(pathlib.Path, proposals.subjects)], share)
     watch = _Watch(folder, proposals, metric, mode)
     temporary = folder / ".ray"
     try:
@@ -93,6 +102,8 @@ class _Training(tune.Trainable):
   """Watches the process of one trial."""
 
   def setup(self, config: dict):
+    if unseen := _unseen([config["folder"]]):  # on a machine that joined later
+      raise RuntimeError(f"the machine {socket.gethostname()} does not see {unseen[0]}")
     self._trial = trials.load(config["folder"])
     self._metric = config["metric"]
     # What was logged before is no news: nobody shall stop it for what it has outgrown since.
@@ -211,14 +222,15 @@ class _Watch(_Unsaved, tune.Callback):
 def _reason(error: Exception | None) -> str:
   """The last line of what Ray reports of a failure, which can be pages."""
   lines = str(error or "").strip().splitlines() or ["no reason given"]
-  if any("The actor died" in line or "actor is dead" in line for line in lines):
+  died = any("The actor died" in line or "actor is dead" in line for line in lines)
+  if died and not any("creation task" in line for line in lines):
     return "the process that watched it died"
   return lines[-1].removeprefix("RuntimeError: ")[:200]
 
 
 @contextlib.contextmanager
-def _joined(settings: Settings) -> Iterator[dict[str, float]]:
-  """Within, Ray runs; yields what the whole of it holds."""
+def _joined(settings: Settings) -> Iterator[list[dict[str, float]]]:
+  """Within, Ray runs; yields what each of its machines holds, by Ray's names."""
   before = {name: os.environ.get(name) for name in (*_QUIET, "PYTHONPATH")}
   root = str(pathlib.Path(__file__).resolve().parents[2])
   os.environ.update(_QUIET)
@@ -230,6 +242,13 @@ def _joined(settings: Settings) -> Iterator[dict[str, float]]:
     temporary = tempfile.mkdtemp(prefix="uajax-ray-")
     more = {"object_store_memory": STORE_BYTES, "include_dashboard": settings.dashboard,
             "_temp_dir": temporary}
+  else:
+    _reach(settings.address)
+    ours = {name: value for name, value in os.environ.items() if name.startswith("UAJAX_")}
+    # Its processes have the environment in which each machine joined, and theirs for the rest.
+    more = {"runtime_env": {"env_vars": ours | {
+      "PYTHONPATH": os.pathsep.join([root, "${PYTHONPATH}"]),
+      "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}}
   handler = signal.getsignal(signal.SIGTERM)
   terminated = []
 
@@ -242,14 +261,17 @@ def _joined(settings: Settings) -> Iterator[dict[str, float]]:
       ray.init(address=settings.address or "local", log_to_driver=False, logging_level="CRITICAL",
                **more)
     except Exception as error:
-      where = f"join the Ray cluster at {settings.address}" if settings.address else "start Ray"
       line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-      raise UserError(f"cannot {where} ({line}): see `ray status` there, or leave out --address "
-                      "to use this machine") from error
+      if settings.address is None:
+        raise UserError(f"cannot start Ray ({line}): see `ray status`, or --debug") from error
+      raise UserError(
+        f"cannot join the Ray cluster at {settings.address} ({line}): this machine must be one of "
+        "it (`ray start --address=HOST:PORT`), with its versions of Python and Ray and, if it "
+        "asks for one, its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)") from error
     if threading.current_thread() is threading.main_thread():
       signal.signal(signal.SIGTERM, terminate)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures stand in the table
-    yield ray.cluster_resources()
+    yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
   except KeyboardInterrupt:
     if not terminated:
       raise
@@ -268,27 +290,88 @@ def _joined(settings: Settings) -> Iterator[dict[str, float]]:
       shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _share(settings: Settings, held: Mapping[str, float]) -> dict[str, float]:
-  """What each trial gets, by Ray's names.
+def _reach(address: str) -> None:
+  """Raises UserError where nothing answers at HOST:PORT; "auto" is Ray's to find."""
+  if address == "auto":
+    return
+  host, _, port = address.rpartition(":")
+  if not host or "/" in host or not port.isdecimal():
+    raise UserError(f"--address {address} is no HOST:PORT: give that of the cluster's head, as "
+                    "`ray start --head` said, or auto for the cluster that this machine is one of")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+  except (OSError, OverflowError) as error:
+    reason = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"nothing answers at {address} ({reason}): see `ray status` on the cluster's "
+                    "head, or leave out --address to use this machine") from error
+
+
+def _unseen(paths: Sequence[str | os.PathLike]) -> list[str]:
+  """Those of some folders that are not to be seen on this machine."""
+  return [str(path) for path in paths if not os.path.isdir(path)]
+
+
+def _ask_machines(paths: Sequence[pathlib.Path], share: Mapping[str, float]) -> None:
+  """Asks every machine of the cluster that a trial fits on for uajax and for folders.
 
   Raises:
-    UserError: not even all of what Ray holds is that much.
+    UserError: a machine lacks one of them.
   """
-  gpus = settings.gpus
+  def look() -> list[str]:  # defined here, it travels whole: uajax may be what is lacking
+    from uajax.sweep import on_ray
+    return on_ray._unseen(paths)
+
+  nodes = [node for node in ray.nodes() if node["Alive"] and _fits(share, node["Resources"])]
+  asked = {}
+  for node in nodes:
+    there = scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    remote: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(look)
+    asked[node["NodeManagerAddress"], node["NodeManagerHostname"]] = remote.remote()
+  deadline = time.monotonic() + ASK_S
+  for (address, name), answer in asked.items():
+    machine = f"the machine {name} ({address}) of the Ray cluster"
+    try:
+      unseen = ray.get(answer, timeout=max(deadline - time.monotonic(), 1))
+    except Exception as error:
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      raise UserError(f"{machine} cannot import uajax ({lines[-1][:200]}): install it and its "
+                      "packages there as they are here") from error
+    if unseen:
+      raise UserError(f"{machine} does not see {unseen[0]}: put the sweep (--out) and its subjects "
+                      "into folders that all machines share under the same path")
+
+
+def _fits(share: Mapping[str, float], machine: Mapping[str, float]) -> bool:
+  return all(amount <= machine.get(name, 0) for name, amount in share.items())
+
+
+def _share(settings: Settings, machines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """What each trial gets, by Ray's names; one device where there are any.
+
+  Raises:
+    UserError: no machine holds that much.
+  """
+  resources, gpus = dict(settings.resources), settings.gpus
   if gpus is None:
-    gpus = 1.0 if held.get("GPU") and not settings.resources else 0.0
+    gpus = float("TPU" not in resources and any(machine.get("GPU") for machine in machines))
+    if not gpus and "TPU" not in resources and any(machine.get("TPU") for machine in machines):
+      resources["TPU"] = 1.0
   cpus = settings.cpus
   if cpus is None:
-    shared = gpus or settings.resources
-    cpus = 1.0 if shared else min(
-      node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
-  share = {"CPU": cpus, "GPU": gpus} | dict(settings.resources)
+    beside = gpus or "TPU" in resources
+    cpus = 1.0 if beside else min(
+      (machine["CPU"] for machine in machines if machine.get("CPU")), default=1.0)
+  share = {"CPU": cpus, "GPU": gpus} | resources
   share = {name: amount for name, amount in share.items() if amount}
-  for name, amount in share.items():
-    if amount > held.get(name, 0):
-      raise UserError(f"a trial asks for {amount:g} {name}, but Ray has {held.get(name, 0):g} in "
-                      "all: ask for less, or join a cluster with --address")
+  if not any(_fits(share, machine) for machine in machines):
+    most = {name: max(machine.get(name, 0) for machine in machines) for name in share}
+    raise UserError(f"a trial asks for {_told(share)}, but no machine has so much (at most "
+                    f"{_told(most)}): ask for less, or join a cluster with --address")
   return share
+
+
+def _told(share: Mapping[str, float]) -> str:
+  return ", ".join(f"{amount:g} {name}" for name, amount in share.items())
 
 
 def _placement(share: Mapping[str, float]) -> dict:

@@ -49,7 +49,7 @@ class Proposals:
   def __init__(self, folder: pathlib.Path, wanted: space.Space, search: Search, *,
                count: int | None = None, seed: int = 0, metric: str = trials.METRIC,
                mode: str = "max", retry_failed: bool = False):
-    self.axes = wanted.axes
+    self.axes, self.subjects = wanted.axes, wanted.subjects
     self._folder, self._space, self._metric = folder, wanted, metric
     self._search, self._seed = search, seed
     self._grid = space.grid(self.axes) if search == "grid" else []

@@ -1,17 +1,25 @@
-"""A whole sweep by its command: interrupted, its processes killed, and the table still right."""
+"""A whole sweep by its command: interrupted, its processes killed, and the table still right;
+on this machine's own Ray, and on a cluster that it joins.
+"""
 
+import contextlib
 import csv
 import json
 import os
 import pathlib
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 from tests.uajax.data import subject_folder
+from uajax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 EXPERIMENT = """
@@ -144,3 +152,130 @@ def test_killed_and_interrupted_a_sweep_goes_on_and_its_table_is_right(tmp_path)
   said = sweep.communicate(timeout=300)
   assert sweep.returncode == 0 and said[0].count("| finished |") == 5
   assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/end.json")} == ends
+
+
+def environment(process: int) -> dict[str, str]:
+  entries = pathlib.Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+  return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+@contextlib.contextmanager
+def cluster(settings: dict[str, str]):
+  """A Ray cluster of a head without devices and two machines with one each, all of them this one.
+
+  Yields its address and the processes of the two.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  folder = tempfile.mkdtemp(prefix="ray")  # sockets lie in it: no long name
+  started = []
+
+  def start(*words: str) -> subprocess.Popen:
+    words = (sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block",
+             "--object-store-memory", str(100 * 2**20))  # fmt: skip
+    started.append(subprocess.Popen(
+      words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+      env=os.environ | settings, cwd=folder))  # fmt: skip
+    return started[-1]
+
+  try:
+    start("--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false",
+          "--temp-dir", folder, "--disable-usage-stats")  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+      with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        break
+      time.sleep(0.5)
+    address = f"127.0.0.1:{port}"
+    machines = [start("--address", address, "--num-cpus", "1", "--num-gpus", "1") for _ in "ab"]
+    yield address, machines
+  finally:
+    for process in reversed(started):
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in started:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_cluster_is_joined_devices_shared_and_a_machine_that_dies_does_no_harm(tmp_path):
+  pytest.importorskip("ray")
+  subject, out, file = tmp_path / "subject", tmp_path / "sweep", tmp_path / "tiny.py"
+  subject_folder.make(subject)
+  file.write_text(EXPERIMENT.split("def sweep")[0])
+  # The cluster's own environment knows nothing of uajax; what the command has is handed on.
+  token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "PYTHONPATH": ""}
+  ours = {"PYTHONPATH": str(ROOT), "UAJAX_MODELS": str(tmp_path)}
+  with cluster(token) as (address, machines):
+    sweep = subprocess.Popen(
+      [sys.executable, "-m", "uajax", "sweep", str(file), str(subject), "--out", str(out),
+       "--over", "seed=0,1,2", "--gpus-per-trial", "0.5", "--cpus-per-trial", "0.5",
+       "--address", address],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | token | ours,
+      cwd=tmp_path)  # fmt: skip
+    at_work = await_(lambda: (found := processes(out)) and len(found) == 3 and found, sweep)
+    homes = {}
+    for number, process in at_work.items():
+      given = environment(process)
+      assert given["CUDA_VISIBLE_DEVICES"] == "0" and given["XLA_CLIENT_MEM_FRACTION"] == "0.450"
+      assert given.get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
+      assert given["UAJAX_MODELS"] == str(tmp_path)
+      homes.setdefault(os.getsid(parent(process)), []).append(number)
+    assert sorted(map(len, homes.values())) == [1, 2], "two halves of one device, and of the other"
+    await_(lambda: all(step(out, number) >= 20 for number in at_work), sweep)
+    dying = next(machine for machine in machines if len(homes.get(machine.pid, ())) == 2)
+    os.killpg(dying.pid, signal.SIGKILL)
+    said = sweep.communicate(timeout=900)
+    assert sweep.returncode == 0, said
+    assert not processes(out)
+  with (out / "results.csv").open() as table:
+    rows = list(csv.DictReader(table))
+  assert [row["state"] for row in rows] == ["finished"] * 3, rows
+  assert {row["steps"] for row in rows} == {f"{STEPS}/{STEPS}"}
+  assert any(resumed(out, number) for number in homes[dying.pid])
+
+
+@pytest.mark.parametrize("address, said", [
+  ("127.0.0.1:1", "nothing answers at 127.0.0.1:1"),
+  ("127.0.0.1:99999", "nothing answers at"),
+  ("ray://127.0.0.1:10001", "is no HOST:PORT"), ("nonsense", "is no HOST:PORT"),
+])  # fmt: skip
+def test_a_cluster_that_is_not_there_is_one_line_at_once(address, said):
+  pytest.importorskip("ray")
+  from uajax.sweep import on_ray
+
+  with pytest.raises(UserError, match=said) as failed:
+    on_ray._reach(address)
+  assert "\n" not in str(failed.value)
+
+
+def test_a_trial_gets_one_device_of_what_there_is_and_never_more_than_a_machine_has():
+  pytest.importorskip("ray")
+  from uajax.sweep import on_ray
+
+  def share(*machines, **settings):
+    return on_ray._share(on_ray.Settings(**settings), machines)
+
+  head, cpu = {"memory": 1e9}, {"CPU": 8.0}
+  gpu, tpu = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "TPU": 4.0}
+  assert share(head, cpu, {"CPU": 4.0}) == {"CPU": 4.0}
+  assert share(head, gpu) == {"CPU": 1.0, "GPU": 1.0}
+  assert share(tpu) == {"CPU": 1.0, "TPU": 1.0}
+  assert share(tpu, resources={"TPU": 4.0}, cpus=2.0) == {"CPU": 2.0, "TPU": 4.0}
+  assert share(gpu, gpus=0.0) == {"CPU": 8.0}
+  for machines, settings in (
+    ((gpu, gpu), {"gpus": 4.0}),  # a trial cannot lie on two machines
+    ((gpu, {"big": 1.0}), {"resources": {"big": 1.0}}), ((cpu,), {"gpus": 0.5}),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match="no machine has so much"):
+      share(*machines, **settings)
+  assert on_ray._environment({"CPU": 8.0}) == {"JAX_PLATFORMS": "cpu"}
+  assert on_ray._environment({"CPU": 1.0, "TPU": 1.0}) == {}
