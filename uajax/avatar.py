@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from kernels.fusion import Implementation
 from uajax import config as config_
 from uajax import types
+from uajax.models import familiar
 from uajax.models.motion import FaceMotion, MouthMotion, Places
 from uajax.render import render_layer
 from uajax.types import Controls, Splats
 
-__all__ = ["Avatar", "Controls", "Deformation", "Known", "Layer", "Splats", "deform", "face_motion",
-           "init_motion", "know", "mouth_motion", "render"]
+__all__ = ["Avatar", "Controls", "Deformation", "Known", "Layer", "Splats", "acquaint", "deform",
+           "face_motion", "init_motion", "know", "mouth_motion", "render"]
 
 
 class Layer(flax.struct.PyTreeNode):
@@ -70,6 +71,21 @@ def know(avatar: Avatar) -> Known:
     cast(Places, network.apply({"params": layer.motion}, layer.splats.means, method="places"))
     for network, layer in ((FaceMotion(avatar.config), avatar.face),
                            (MouthMotion(avatar.config), avatar.mouth))))
+
+
+@jax.jit
+def acquaint(avatar: Avatar, controls: Controls) -> Avatar:
+  """The avatar that knows what training sounds like (`models.familiar`), once its ears are learnt.
+
+  Args:
+    controls: of all training frames, with a leading axis on every leaf.
+  """
+  network = FaceMotion(avatar.config)
+  params = {"params": avatar.face.motion}
+  codes = jax.lax.map(
+    lambda frame: cast(Array, network.apply(params, frame, method="code")), controls)
+  motion = avatar.face.motion | {"familiar": familiar.learn(codes)}
+  return avatar.replace(face=avatar.face.replace(motion=motion))
 
 
 def face_motion(

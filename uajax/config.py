@@ -44,10 +44,10 @@ class Motion:
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
   ajar: float = 0.1  # share of the gradient that reaches an eyes' gate that is shut (official 0)
   blink_gain: float = 1.0  # on AU45: what is seldom seen must count for more (official 1)
-  # Whether the fused variance is scaled, splat by splat, to the error that pictures show: nothing
-  # else ties its size to anything (official: not, Q14). What moves is not touched. Off until a
-  # whole training was seen with it.
-  calibrated: bool = False
+  # Whether the fused variance is scaled, splat by splat, to the error that pictures show, and grows
+  # with sound that is unlike the training's: nothing else ties it to anything (official: not, Q14).
+  # Learnt in the fuse stage, when what moves rests, and without a say in that.
+  calibrated: bool = True
   still_heads: bool = True  # heads start at zero motion (official: rotation and scale jump, Q11)
 
   @property
@@ -93,6 +93,7 @@ class Rates:
   planes: float = 5e-3
   planes_decay: float = 0.0  # official: AdamW's default 0.01, fading unvisited cells (Q7)
   network: float = 5e-4
+  doubt: float = 5e-3  # of what calibrates the uncertainty
   attention: float = 2.5e-3  # of the audio windows
   attention_decay: float = 1e-4
   halve_by: int = 40_000  # motion rates fall to 1/2 here, then to 1/10 at `end` (Q10: no jump)
@@ -110,7 +111,7 @@ class Weights:
   eyes: float = 0.1
   motion: float = 1e-5
   alpha: float = 1e-3
-  doubt: float = 1e-3  # how unlikely the error is, given the uncertainty; if `calibrated`
+  doubt: float = 1e-3  # how unlikely the error is, given the uncertainty; fuse, if `calibrated`
   eye_attention_on_lips: float = 1e-4
   attention_on_hair: float = 1e-4
   lpips_lips: float = 0.01

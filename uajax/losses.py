@@ -98,14 +98,15 @@ def mean_magnitude(motion: Float[Array, "n d"], alive: Bool[Array, " n"]) -> Flo
 
 
 def unlikelihood(
-  wrong: Float[Array, "h w"], doubt: Float[Array, "h w"], mask: Bool[Array, "h w"]
+  wrong: Float[Array, "h w"], variance: Float[Array, "h w"], mask: Bool[Array, "h w"]
 ) -> Float[Array, ""]:
-  """Negative log-likelihood of absolute errors as Laplace distributions of scale `doubt` have it.
+  """Negative log-likelihood of absolute errors as Laplace distributions of a variance have it.
 
-  The mean over a mask, least where the doubt is the error to be expected. The errors get no
-  gradient: to doubt shall not be a way to be wrong (after Kendall and Gal 2017).
+  The mean over a mask, least where the scale (the root of the variance and of that of half a grey
+  level, so that no gradient is steep) is the error to be expected. The errors get no gradient: to
+  doubt shall not be a way to be wrong (after Kendall and Gal 2017).
   """
-  scale = jnp.maximum(doubt, 1e-4)
+  scale = jnp.sqrt(jnp.square(0.5 / 255) + variance)
   return mean_inside(jax.lax.stop_gradient(wrong) / scale + jnp.log(scale), mask)
 
 

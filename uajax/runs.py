@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 
 from uajax import saving
 from uajax.avatar import Avatar, Layer
-from uajax.config import Audio, Experiment, Model, Motion, Stage, Weights
+from uajax.config import Audio, Experiment, Model, Motion, Rates, Stage, Weights
 from uajax.errors import UserError
 from uajax.types import Splats
 
@@ -39,6 +39,7 @@ VERSION = 1
 _BEFORE: dict[type, dict] = {
   Stage: {"silence": 0.0, "noise": 0.0},
   Weights: {"eyes": 0.0, "doubt": 0.0},
+  Rates: {"doubt": 5e-3},
   Motion: {"ajar": 0.0, "blink_gain": 1.0, "calibrated": False, "uncertainty": True,
            "modalities": ["audio", "content", "style", "emotion"]}}
 SUMS = "sums.json"

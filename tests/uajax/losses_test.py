@@ -79,11 +79,18 @@ def test_empty_masks_and_dead_splats_give_zero_with_zero_gradient():
 
 def test_doubt_is_best_where_it_is_the_error_and_errors_learn_nothing_from_it():
   wrong, head = jnp.asarray([[0.02, 0.1]]), jnp.ones((1, 2), bool)
-  judge = lambda doubt: float(losses.unlikelihood(wrong, doubt, head))
+  judge = lambda doubt: float(losses.unlikelihood(wrong, doubt**2, head))
   assert judge(wrong) < min(judge(1.2 * wrong), judge(wrong / 1.2), judge(wrong[:, ::-1]))
-  d_wrong, d_doubt = jax.grad(losses.unlikelihood, (0, 1))(wrong, 2 * wrong, head)
+  d_wrong, d_doubt = jax.grad(losses.unlikelihood, (0, 1))(wrong, (2 * wrong) ** 2, head)
   assert not d_wrong.any() and (d_doubt > 0).all()
-  assert np.isfinite(losses.unlikelihood(wrong, jnp.zeros((1, 2)), head))
+
+
+def test_no_error_however_great_pulls_at_a_sure_uncertainty_without_bound():
+  """Of the variance's logarithm, which is what is learnt."""
+  pull = jax.vmap(jax.grad(lambda log_var, wrong: losses.unlikelihood(
+    jnp.full((1, 1), wrong), jnp.full((1, 1), jnp.exp(log_var)), jnp.ones((1, 1), bool))),
+    (0, None))(jnp.linspace(-60, 10, 200), 1.0)
+  assert np.abs(pull).max() < 200 and np.isfinite(pull).all()
 
 
 def test_patches_lie_side_by_side_and_drop_the_remainder():

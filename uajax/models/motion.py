@@ -3,7 +3,7 @@
 The first keys of the parameter trees are the groups that an optimiser tells apart:
 `planes`, `audio`, `audio_attention`, `fusion`, `mean_head` in both, and in the face
 `audio_channels`, `eye_attention`, `expression`, `emotion`, `rotation_head`, `scale_head`,
-`doubt_head`. A modality that the config leaves out has no parameters.
+`doubt_head`, `familiar`. A modality that the config leaves out has no parameters.
 
 Axes: n splats, c channels.
 """
@@ -22,6 +22,7 @@ from uajax.config import Motion as MotionConfig
 from uajax.errors import UserError
 from uajax.models.audio import AudioAttention, AudioNet, Linear
 from uajax.models.codebook import EmotionEncoder
+from uajax.models.familiar import Familiar
 from uajax.models.fusion import Modality, UncertaintyFusion
 from uajax.models.planes import Planes
 
@@ -29,6 +30,7 @@ from uajax.models.planes import Planes
 FACE_MODALITIES: tuple[ModalityName, ...] = ("audio", "content", "style", "emotion")
 MOUTH_MODALITIES = FACE_MODALITIES[:3]
 _UNIT = 1e-2  # metres, of the heads' displacements
+_REACH = 6.0  # log variances are moved by less than this when they are calibrated
 
 
 class Places(NamedTuple):
@@ -86,7 +88,7 @@ class FaceMotion(nn.Module):
     self.rotation_head = Head(4, take.still_heads)
     self.scale_head = Head(3, take.still_heads)
     if take.calibrates:
-      self.doubt_head = Head(1, still=True)
+      self.doubt_head, self.familiar = Head(1, still=True), Familiar()
 
   def __call__(
     self,
@@ -125,7 +127,8 @@ class FaceMotion(nn.Module):
     if self.config.calibrates:
       # The head alone learns from the errors: variances that learn, too, rise where something is
       # seldom seen, and the modality that could show it loses its say.
-      scale = jnp.exp(self.doubt_head(jax.lax.stop_gradient(code))[:, 0])
+      head = self.doubt_head(jax.lax.stop_gradient(code))[:, 0]
+      scale = self.strangeness(controls) * jnp.exp(_REACH * jnp.tanh(head / _REACH))
       doubts = tuple(scale * jax.lax.stop_gradient(trace) for trace in doubts)
     aleatoric, epistemic = doubts
     return types.Motion(
@@ -136,6 +139,18 @@ class FaceMotion(nn.Module):
       aleatoric=aleatoric,
       epistemic=epistemic,
     )
+
+  def code(self, controls: types.Controls) -> Float[Array, " c"]:
+    """What is heard at this frame."""
+    return _hear(self, controls)
+
+  def strangeness(self, controls: types.Controls) -> Float[Array, ""]:
+    """The factor on every modality's covariance, 1 for sound such as the avatar was taught by.
+
+    One sound feeds them all. Where all the covariances grow alike, so does that of their product,
+    and its mean stays: what moves is not touched.
+    """
+    return self.familiar(_hear(self, controls)) if self.config.calibrates else jnp.ones(())
 
   def modalities(self, places: Places, controls: types.Controls) -> dict[str, Modality]:
     """What each of FACE_MODALITIES that the config names has to go by."""

@@ -19,7 +19,7 @@ import PIL.Image
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uajax import consent, hosts, metrics, runs, saving
-from uajax.avatar import Avatar, Layer, init_motion, render
+from uajax.avatar import Avatar, Layer, acquaint, init_motion, render
 from uajax.config import Experiment, Stage
 from uajax.data import loader
 from uajax.errors import Stopped, UserError
@@ -185,6 +185,8 @@ def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
   progress = Progress("train", sum(stage.steps for stage in stages), at.total)
   for number in range(at.stage, len(stages)):
     stage = stages[number]
+    if training is None and stage.name == "fuse" and avatar.config.calibrates:
+      avatar = acquaint(*hosts.local((avatar, fed.material.controls)))
     state = _enter(stage, avatar) if training is None else State(avatar=avatar, **training)
     training = None
     state = spread(state, mesh_of(run.experiment))

@@ -20,7 +20,7 @@ from uajax.types import FACE, HAIR, MOUTH, Frame, Motion
 
 GREEN = (0.0, 1.0, 0.0)  # the official backdrop
 PATCH_PX = {"face": 80, "mouth": 36, "fuse": 36}  # of LPIPS: the means of the official random sizes
-ERROR = 0.01  # of a pixel, 0..1, that a latent's variance of 1 stands for
+ERROR = 0.01  # of a pixel, 0..1, that a latent's deviation of 1 stands for
 LIPS_PX = 64  # side to which the lip crop is resampled for LPIPS
 
 Phase = Literal["static", "sample", "ensemble"]
@@ -90,7 +90,7 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   out = render_layer(
     face.splats, face.alive, motion, frame.camera, *image.shape[1::-1],
     background=backdrop, active_sh=sh_degree, probe=probe, capacity=capacity,
-    features=None if motion is None else _features(avatar, motion),
+    features=None if motion is None else motion.attention,
     detached=None if motion is None else True)
   picture, alpha = out.color, out.alpha[..., 0]
 
@@ -112,8 +112,6 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
     wrong = jnp.abs(picture - target).mean(-1)
     loss += w.lips * losses.mean_inside(wrong, lips)
     loss += w.eyes * losses.mean_inside(wrong, _inside(frame.eyes, head.shape))
-    if avatar.config.calibrates:
-      loss += w.doubt * losses.unlikelihood(wrong, out.features[..., 2], head)
     audio, eye = out.features[..., 0], out.features[..., 1]
     loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
     loss += jnp.where(bald, 0.0, w.attention_on_hair) * (
@@ -125,14 +123,6 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
     a, b = (losses.patches(jnp.where(here, blank, x), PATCH_PX["face"]) for x in (picture, target))
     loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
   return loss, _parts(l1, picture, target, out)
-
-
-def _features(avatar: Avatar, motion: Motion) -> Float[Array, "n f"]:
-  """Attention, and the error that a splat's aleatoric variance expects where it is calibrated."""
-  if not avatar.config.calibrates:
-    return motion.attention
-  expected = ERROR / avatar.config.latent * motion.aleatoric
-  return jnp.concatenate([motion.attention, expected[:, None]], -1)
 
 
 def _mouth(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image, probe,
@@ -171,24 +161,39 @@ def _fuse(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
   w = stage.weights
   background = frame.background.astype(jnp.float32) / 255
   black = jnp.zeros(3)
+  motions = (face_motion(avatar, frame.controls, members, known.face),
+             mouth_motion(avatar, frame.controls, members, known.mouth))
+  doubt = _variance(avatar, motions[0])
   layers = []
-  for layer, motion in (
-      (avatar.face, face_motion(avatar, frame.controls, members, known.face)),
-      (avatar.mouth, mouth_motion(avatar, frame.controls, members, known.mouth))):
-    # Geometry rests in this stage: nothing of the motion networks needs a gradient.
+  for layer, motion, features in zip(
+      (avatar.face, avatar.mouth), motions, (doubt, None), strict=True):
+    # Geometry rests in this stage: of the motion networks only what calibrates the uncertainty
+    # needs a gradient, and it gives none to what is drawn.
     layers.append(render_layer(
       layer.splats, layer.alive, jax.lax.stop_gradient(motion), frame.camera,
-      *image.shape[1::-1], background=black, active_sh=sh_degree, capacity=capacity))
+      *image.shape[1::-1], background=black, active_sh=sh_degree, capacity=capacity,
+      features=features, detached=None if features is None else True))
   face, mouth = layers
   behind = mouth.color + background * (1 - mouth.alpha)
   picture = face.color + behind * (1 - face.alpha)
   l1 = losses.l1(picture, image)
   loss = (1 - w.ssim) * l1 + w.ssim * (1 - losses.ssim(picture, image))
+  if doubt is not None:
+    head = (frame.classes == FACE) | (frame.classes == HAIR) | (frame.classes == MOUTH)
+    wrong = jnp.abs(picture - image).mean(-1)
+    loss += w.doubt * losses.unlikelihood(wrong, face.features[..., 0], head)
   if perceptual is not None:
     a, b = (losses.patches(x, PATCH_PX["fuse"]) for x in (picture, image))
     loss += w.lpips * jnp.mean(lpips(perceptual, a, b))
   overflow = face.overflow + mouth.overflow
   return loss, _parts(l1, picture, image, face)._replace(overflow=overflow)
+
+
+def _variance(avatar: Avatar, motion: Motion) -> Float[Array, "n 1"] | None:
+  """Of the error that each splat's uncertainty expects; None where it is not calibrated."""
+  if not avatar.config.calibrates:
+    return None
+  return ERROR**2 / avatar.config.latent * (motion.aleatoric + motion.epistemic)[:, None]
 
 
 def _parts(l1, picture, target, out) -> Parts:

@@ -28,11 +28,14 @@ _motion = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8)
 def trainable(avatar: Avatar, stage: Stage) -> dict:
   """`{"splats": {layer: {field: array}}, "motion": {layer: params}}` of what `stage` trains."""
   layers = TRAINED[stage.name]
+  motion = {layer: getattr(avatar, layer).motion
+            for layer, fields in layers.items() if fields == SPLAT_FIELDS}
+  if stage.name == "fuse" and avatar.config.calibrates:
+    motion = {"face": {"doubt_head": avatar.face.motion["doubt_head"]}}
   return {
     "splats": {layer: {field: getattr(getattr(avatar, layer).splats, field) for field in fields}
                for layer, fields in layers.items()},
-    "motion": {layer: getattr(avatar, layer).motion
-               for layer, fields in layers.items() if fields == SPLAT_FIELDS},
+    "motion": motion,
   }
 
 
@@ -42,7 +45,8 @@ def join(avatar: Avatar, params: dict) -> Avatar:
     layer = getattr(avatar, name)
     avatar = avatar.replace(**{name: layer.replace(splats=layer.splats._replace(**fields))})
   for name, motion in params["motion"].items():
-    avatar = avatar.replace(**{name: getattr(avatar, name).replace(motion=motion)})
+    layer = getattr(avatar, name)
+    avatar = avatar.replace(**{name: layer.replace(motion=layer.motion | motion)})
   return avatar
 
 
@@ -105,6 +109,8 @@ def _motion_rate(path, rates: Rates) -> tuple[float, float]:
   names = [str(getattr(p, "key", p)) for p in path]
   if "audio_attention" in names:
     return rates.attention, rates.attention_decay
+  if "doubt_head" in names:
+    return rates.doubt, 0.0
   if "planes" in names and "emotion" not in names:  # the code-books' own planes go slowly (Q15)
     return rates.planes, rates.planes_decay
   return rates.network, 0.0

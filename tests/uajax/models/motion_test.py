@@ -61,7 +61,7 @@ def test_groups_of_parameters_bear_the_names_that_the_optimiser_knows(face, poin
   ask, params = face
   assert set(params["params"]) == {
     "planes", "audio", "audio_attention", "audio_channels", "eye_attention", "expression",
-    "emotion", "fusion", "mean_head", "rotation_head", "scale_head"}
+    "emotion", "fusion", "mean_head", "rotation_head", "scale_head", "doubt_head", "familiar"}
   ensembles = params["params"]["fusion"]["ensembles"]
   assert set(ensembles) == {"audio", "content", "style", "emotion"}
   assert all(leaf.shape[0] == SMALL.members for leaf in jax.tree.leaves(ensembles))
@@ -163,7 +163,7 @@ def test_gradients_are_finite_where_attention_vanishes(face, points):
 
 
 def test_what_calibrates_the_doubt_learns_from_it_alone_and_moves_nothing(points):
-  net = FaceMotion(dataclasses.replace(SMALL, calibrated=True))
+  net = FaceMotion(SMALL)
   params = jax.jit(net.init)(jax.random.key(0), points, controls())
 
   @jax.jit
@@ -175,7 +175,20 @@ def test_what_calibrates_the_doubt_learns_from_it_alone_and_moves_nothing(points
   doubt, moves = gradients(params)
   assert any(leaf.any() for leaf in jax.tree.leaves(doubt.pop("doubt_head")))
   assert not any(leaf.any() for leaf in jax.tree.leaves(doubt))
-  assert not any(leaf.any() for leaf in jax.tree.leaves(moves["doubt_head"]))
+  assert not any(leaf.any() for leaf in jax.tree.leaves((moves["doubt_head"], moves["familiar"])))
+
+
+def test_sound_unlike_the_trainings_raises_all_doubt_and_moves_nothing_else(face, points):
+  ask, params = face
+  familiar = {"mean": jnp.full(SMALL.audio_code, 100.0), "whiten": jnp.eye(SMALL.audio_code)}
+  strange = {"params": params["params"] | {"familiar": familiar}}
+  before, after = ask(params, points, controls()), ask(strange, points, controls())
+  for name in ("aleatoric", "epistemic"):
+    ratio = getattr(after, name) / getattr(before, name)
+    assert ratio.min() > 100
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+  for name in ("d_mean", "d_quat", "d_scale", "attention"):
+    np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
 
 def test_still_heads_start_without_motion(points):

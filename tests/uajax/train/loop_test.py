@@ -110,6 +110,14 @@ def test_each_stage_trains_its_own_part_only(trained, subject):
     jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
   assert any(moved(begun.face.motion, avatar.face.motion))
   assert any(moved(begun.mouth.motion, avatar.mouth.motion))
+  # The fuse stage learns how far to trust all that, and leaves it as it is.
+  before, _, at = trained.read(16)
+  assert at.stage == 2 and at.step == 0
+  assert not any(moved(before.mouth.motion, avatar.mouth.motion))
+  for name, part in avatar.face.motion.items():
+    learns = name in ("doubt_head", "familiar")
+    assert any(moved(before.face.motion[name], part)) == learns, name
+    assert not learns or not any(moved(begun.face.motion[name], before.face.motion[name])), name
 
 
 def test_training_a_finished_run_again_changes_nothing(trained, subject):
