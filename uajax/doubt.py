@@ -2,9 +2,10 @@
 
 Two questions, answered with figures as they come out. Is the avatar wrong where it says that it
 is unsure? On the frames of a split the uncertainty map is held against the error that the truth
-shows, pixel by pixel and frame by frame. And does a modality say so when its input is bad? White
-noise is added to the subject's own speech, and each modality's doubt of the face's motion (the
-trace of its Gaussian's covariance, method.md C.5) measured before it is fused with the others'.
+shows, pixel by pixel and frame by frame. And does a modality say so when its input is bad? Noise
+is added to the subject's own speech, and each modality's doubt of the face's motion (the trace of
+its Gaussian's covariance, method.md C.5) measured before it is fused with the others'. Beside it,
+if asked, the doubt about other speech without noise.
 
 Axes: f frames, h w pixels, n splats.
 """
@@ -31,11 +32,12 @@ from uajax.figures import tell
 from uajax.models.fusion import Ensembles
 from uajax.models.motion import FACE_MODALITIES, FaceMotion, Places
 from uajax.progress import Progress
-from uajax.types import ACTION_UNITS, FACE, HAIR, MOUTH, Controls
+from uajax.types import ACTION_UNITS, FACE, HAIR, MOUTH, SAMPLE_RATE_HZ, Controls
 
 SNRS_DB = (30.0, 20.0, 10.0, 0.0)
 FRAMES = 64  # of the noisy speech, evenly spread
 TENTH = 10  # the share of pixels that counts as the most uncertain: one in so many
+MAINS_HZ, HARMONICS = 50, 10  # of a hum
 
 
 def measure(
@@ -43,6 +45,8 @@ def measure(
   split: str = "val",
   *,
   snrs_db: Sequence[float] = SNRS_DB,
+  noises: Sequence[str | os.PathLike] = ("white",),
+  others: Sequence[str | os.PathLike] = (),
   subject: str | os.PathLike | None = None,
   seed: int = 0,
 ) -> dict:
@@ -51,7 +55,9 @@ def measure(
   Args:
     run_path: a run folder.
     split: whose frames the map is judged on.
-    snrs_db: of the speech with noise; the noise is white, its power that of the whole speech.
+    snrs_db: of the speech with noise; its power is that of the whole speech.
+    noises: "white", "hum" (of the mains), or a recording, repeated as long as the speech lasts.
+    others: recordings of other speech, heard as they are.
     subject: the subject folder, if it is no longer where it was when training.
     seed: of the noise.
 
@@ -70,9 +76,10 @@ def measure(
     raise UserError(f"{run.path} was trained without uncertainty: train with "
                     "--model.motion.uncertainty")
   return {
-    "run": str(run.path), "trained": run.progress(), "split": split,
+    "run": str(run.path), "trained": run.progress(), "calibrated": avatar.config.calibrates,
+    "split": split,
+    "noise": listen(run, avatar, snrs_db, noises, others, subject, seed),
     "map": judge_map(run, avatar, split, subject),
-    "noise": listen(run, avatar, snrs_db, subject, seed),
   }
 
 
@@ -133,12 +140,15 @@ def compare(
   }
 
 
-def listen(run, avatar: Avatar, snrs_db: Sequence[float], subject=None, seed: int = 0
-           ) -> list[dict[str, float | None]]:
-  """Each modality's doubt, the mean over splats and frames, for clean and for noisy speech.
+def listen(
+  run, avatar: Avatar, snrs_db: Sequence[float], noises: Sequence[str | os.PathLike] = ("white",),
+  others: Sequence[str | os.PathLike] = (), subject=None, seed: int = 0,
+) -> list[dict[str, Any]]:
+  """Each modality's doubt, the mean over splats and frames, for clean, noisy and other speech.
 
   Returns:
-    a row for the clean speech (snr_db None) and for every ratio: snr_db, and a value for each of
+    a row for the clean speech, for every noise and ratio, and for all other speech: what is heard
+    (None, the noise or the file), snr_db (None without noise), and a value for each of
     models.motion.FACE_MODALITIES that the avatar has.
   """
   from uajax import media
@@ -149,13 +159,17 @@ def listen(run, avatar: Avatar, snrs_db: Sequence[float], subject=None, seed: in
   extractors = extract.load(run.extractors)
   clean = media.read_audio(path / "aud.wav")
   heard_by = synthesize.listener(run, None, None)
-  count = features.frame_count(len(clean))
+  rng = np.random.default_rng(seed)
+  sounds = [(None, None, clean)]
+  for name in noises:
+    noise = make_noise(name, len(clean), rng)
+    sounds += [(str(name), snr_db, with_noise(clean, noise, snr_db)) for snr_db in snrs_db]
+  sounds += [(str(name), None, media.read_audio(name)) for name in others]
   still = np.zeros(len(ACTION_UNITS), np.float32)
   places = know(avatar).face
-  rng = np.random.default_rng(seed)
   rows = []
-  for snr_db in (None, *snrs_db):
-    sound = clean if snr_db is None else with_noise(clean, snr_db, rng)
+  for name, snr_db, sound in sounds:
+    count = features.frame_count(len(sound))
     speech = extract.hear(extractors, sound, count, listen=heard_by)
     windows = np.asarray(speech.audio)
     doubts = []
@@ -164,17 +178,37 @@ def listen(run, avatar: Avatar, snrs_db: Sequence[float], subject=None, seed: in
         features.neighbouring(windows, int(i)), still, speech.f_exp[i], speech.f_tone[i],
         speech.emotion[i])))
       doubts.append(doubt(avatar, places, controls))
-    rows.append({"snr_db": snr_db} | {
-      name: float(np.mean([found[name] for found in doubts])) for name in doubts[0]})
+    rows.append({"heard": name, "snr_db": snr_db} | {
+      each: float(np.mean([found[each] for found in doubts])) for each in doubts[0]})
   return rows
 
 
-def with_noise(wav: Float[np.ndarray, " s"], snr_db: float, rng: np.random.Generator
+def make_noise(name: str | os.PathLike, samples: int, rng: np.random.Generator
                ) -> Float[np.ndarray, " s"]:
-  """Speech with white noise of so much less power, scaled down where it would clip."""
-  power = float(np.mean(np.square(wav, dtype=np.float64)))
-  noise = rng.standard_normal(len(wav)) * math.sqrt(power / 10 ** (snr_db / 10))
-  mixed = wav + noise
+  """White noise, the hum of the mains, or a recording as often as it fits; of any power.
+
+  Raises:
+    UserError: there is no such recording, or it cannot be read or is silent.
+  """
+  from uajax import media
+
+  if name == "white":
+    return rng.standard_normal(samples)
+  if name == "hum":
+    turns = np.arange(samples)[:, None] * (MAINS_HZ * np.arange(1, HARMONICS + 1)) / SAMPLE_RATE_HZ
+    phases = rng.uniform(size=HARMONICS)[None]
+    return (np.sin(2 * np.pi * (turns + phases)) / np.arange(1, HARMONICS + 1)[None]).sum(1)
+  noise = np.asarray(media.read_audio(name))
+  if not noise.any():
+    raise UserError(f"{name} is silent: give a noise that can be heard, or white or hum")
+  return np.resize(noise, samples)
+
+
+def with_noise(wav: Float[np.ndarray, " s"], noise: Float[np.ndarray, " s"], snr_db: float
+               ) -> Float[np.ndarray, " s"]:
+  """Speech with noise of so much less power, scaled down where it would clip."""
+  speech, loud = (float(np.mean(np.square(x, dtype=np.float64))) for x in (wav, noise))
+  mixed = wav + noise * math.sqrt(speech / loud / 10 ** (snr_db / 10))
   return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
 
 
@@ -184,12 +218,14 @@ def doubt(avatar: Avatar, places: Places, controls: Controls) -> dict[str, Float
   take, layer = avatar.config, avatar.face
   inputs: Any = FaceMotion(take).apply(
     {"params": layer.motion}, places, controls, method="modalities")
+  strange: Any = FaceMotion(take).apply(
+    {"params": layer.motion}, controls, method="strangeness")
   answers: Any = Ensembles(take).apply(
     {"params": layer.motion["fusion"]["ensembles"]}, inputs, None)
   found = {}
   for name, answer in zip(inputs, answers, strict=True):
     alone = fuse_answers([answer], limit=take.log_var_limit, ddof=take.ddof, implementation="xla")
-    trace = alone.aleatoric + alone.epistemic
+    trace = strange * (alone.aleatoric + alone.epistemic)
     found[name] = jnp.sum(jnp.where(layer.alive, trace, 0)) / jnp.maximum(layer.alive.sum(), 1)
   return found
 
@@ -203,14 +239,19 @@ def describe(report: Mapping) -> str:
     f"{found['frame_correlation']:.2f}; in the most uncertain tenth the error is "
     f"{found['error_ratio']:.2f} times the mean",
   ]
+  if not report["calibrated"]:
+    lines.append("the uncertainty is not calibrated (no `model.motion.calibrated` in training, or "
+                 "an imported avatar): nothing ties it to errors or to noise")
   rows = report["noise"]
   names = [name for name in FACE_MODALITIES if name in rows[0]]
   lines.append("doubt of each modality, clean speech 1:")
-  lines.append("SNR dB" + "".join(f"{name:>10}" for name in names))
-  for row in rows:
+  heard = ["clean" if row["heard"] is None else pathlib.Path(row["heard"]).name +
+           ("" if row["snr_db"] is None else f" {row['snr_db']:g} dB") for row in rows]
+  width = max(map(len, heard))
+  lines.append(" " * width + "".join(f"{name:>10}" for name in names))
+  for row, label in zip(rows, heard, strict=True):
     ratios = (row[name] / max(rows[0][name], 1e-30) for name in names)
-    noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g}"
-    lines.append(f"{noise:>6}" + "".join(f"{ratio:10.3f}" for ratio in ratios))
+    lines.append(f"{label:<{width}}" + "".join(f"{ratio:10.3f}" for ratio in ratios))
   return "\n".join(lines)
 
 
@@ -219,12 +260,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("run", help="run folder")
   parser.add_argument("--split", choices=("train", "val"), default="val")
   parser.add_argument("--snr", type=float, nargs="+", default=list(SNRS_DB), help="dB")
+  parser.add_argument("--noise", nargs="*", default=["white"],
+                      help="white, hum, or recordings (of babble, say)")
+  parser.add_argument("--speech", nargs="*", default=[], help="recordings of other speech")
   parser.add_argument("--subject", help="the subject folder's new place, if it was moved")
   parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
   args = parser.parse_args(argv)
   return tell(
-    lambda: measure(args.run, args.split, snrs_db=args.snr, subject=args.subject), describe,
-    args.out)
+    lambda: measure(args.run, args.split, snrs_db=args.snr, noises=args.noise, others=args.speech,
+                    subject=args.subject), describe, args.out)
 
 
 if __name__ == "__main__":

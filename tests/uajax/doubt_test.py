@@ -5,7 +5,8 @@ import pytest
 
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
-from uajax import doubt
+from uajax import doubt, media
+from uajax.errors import UserError
 from uajax.models.motion import FACE_MODALITIES
 
 
@@ -25,12 +26,24 @@ def test_a_map_that_knows_its_errors_is_told_from_one_that_does_not():
   np.testing.assert_allclose(knows["error"], wrong[head].mean(), rtol=1e-5)
 
 
-def test_noise_has_the_power_that_was_asked_for():
-  rng = np.random.default_rng(1)
+@pytest.mark.parametrize("name", ["white", "hum"])
+def test_noise_has_the_power_that_was_asked_for(name):
   wav = (0.05 * np.sin(np.arange(32_000) / 9)).astype(np.float32)
-  noise = doubt.with_noise(wav, 10.0, rng) - wav
-  assert abs(10 * np.log10(np.mean(wav**2) / np.mean(noise**2)) - 10) < 0.1
-  assert np.abs(doubt.with_noise(20 * wav, 0.0, rng)).max() <= 1
+  noise = doubt.make_noise(name, len(wav), np.random.default_rng(1))
+  added = doubt.with_noise(wav, noise, 10.0) - wav
+  assert abs(10 * np.log10(np.mean(wav**2) / np.mean(added**2)) - 10) < 0.1
+  assert np.abs(doubt.with_noise(20 * wav, noise, 0.0)).max() <= 1
+
+
+def test_a_recording_serves_as_noise_unless_it_is_silent(tmp_path):
+  rng = np.random.default_rng(2)
+  media.write_wav(tmp_path / "babble.wav", 0.1 * rng.standard_normal(8_000))
+  media.write_wav(tmp_path / "nothing.wav", np.zeros(8_000))
+  noise = doubt.make_noise(tmp_path / "babble.wav", 20_000, rng)
+  assert noise.shape == (20_000,)
+  np.testing.assert_array_equal(noise[:8_000], noise[8_000:16_000])
+  with pytest.raises(UserError, match="nothing.wav is silent"):
+    doubt.make_noise(tmp_path / "nothing.wav", 20_000, rng)
 
 
 @pytest.mark.slow
