@@ -299,11 +299,12 @@ class Verify:
     from uajax import provenance
 
     verdict = provenance.verify(self.film)
-    print(f"made by    {verdict.maker}")
+    print(f"made by      {verdict.maker}")
     for name, value in verdict.synthesis.items():
-      print(f"{name:10} {value}")
+      if value is not None:
+        print(f"{name:12} {value}")
     trust = "on a trust list" if verdict.trusted else "on no trust list: anyone can make such a one"
-    print(f"signed by  {verdict.signer} (certificate {trust})")
+    print(f"signed by    {verdict.signer} (certificate {trust})")
     if verdict.holds:
       print("unchanged since it was signed")
       return 0

@@ -142,18 +142,34 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def mark(image: UInt8[np.ndarray, "h w 3"], text: str) -> UInt8[np.ndarray, "h w 3"]:
-  """The picture with a line of text at its lower left, a twentieth of its height, on black."""
+  """The picture with text at its lower left, a twentieth of its height, on black.
+
+  Raises:
+    UserError: there is no text, or in as many lines as it needs it would hide the face.
+  """
   from PIL import Image, ImageDraw, ImageFont
 
   picture = Image.fromarray(image)
   size = max(8, picture.height // 20)
   font = ImageFont.load_default(size)
   draw = ImageDraw.Draw(picture)
-  place = size // 2, picture.height - size // 2
-  box = draw.textbbox(place, text, font=font, anchor="ls")
   edge = size // 4
-  draw.rectangle((box[0] - edge, box[1] - edge, box[2] + edge, box[3] + edge), fill=(0, 0, 0))
-  draw.text(place, text, font=font, anchor="ls", fill=(255, 255, 255))
+  lines: list[str] = []
+  for word in text.split():
+    longer = " ".join([*lines[-1:], word])
+    if lines and font.getlength(longer) <= picture.width - size - edge:
+      lines[-1] = longer
+    else:
+      lines.append(word)
+  widest = max(map(font.getlength, lines), default=0)
+  if not 1 <= len(lines) <= 3 or widest > picture.width - size - edge:
+    raise UserError(f"--mark {text[:60]!r} does not fit into three lines of a picture "
+                    f"{picture.width} px wide: give a few words")
+  for up, line in enumerate(reversed(lines)):
+    place = size // 2, picture.height - size // 2 - up * (size + 2 * edge)
+    box = draw.textbbox(place, line, font=font, anchor="ls")
+    draw.rectangle((box[0] - edge, box[1] - edge, box[2] + edge, box[3] + edge), fill=(0, 0, 0))
+    draw.text(place, line, font=font, anchor="ls", fill=(255, 255, 255))
   return np.asarray(picture)
 
 

@@ -92,3 +92,16 @@ def test_the_mark_is_seen_at_the_lower_left_and_nowhere_else():
   changed = (marked != image).any(-1)
   assert marked[changed].max() > 200 and changed[85:].any()
   assert not changed[:80].any() and not changed[:, 120:].any()
+
+
+def test_a_long_mark_is_broken_into_lines_and_never_cut_off():
+  image = np.full((128, 128, 3), 90, np.uint8)
+  rows = []
+  for text in ("synthetic", "synthetic, by our own machines in our own cellar"):
+    changed = (provenance.mark(image, text) != image).any(-1)
+    rows.append(changed.any(1).sum())
+    assert not changed[:, 126:].any(), "nothing runs over the edge"
+  assert rows[1] > 1.5 * rows[0]
+  for text in ("many words " * 20, "w" * 80, " "):
+    with pytest.raises(UserError, match="does not fit"):
+      provenance.mark(image, text)

@@ -88,7 +88,7 @@ def resumed(folder: pathlib.Path, number: int) -> int:
 def await_(condition, sweep: subprocess.Popen):
   deadline = time.monotonic() + 600
   while not (found := condition()):
-    assert sweep.poll() is None, "the sweep ended before its time"
+    assert sweep.poll() is None, f"the sweep ended before its time: {sweep.communicate()}"
     assert time.monotonic() < deadline
     time.sleep(0.1)
   return found
@@ -168,28 +168,32 @@ def cluster(settings: dict[str, str]):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  folder = tempfile.mkdtemp(prefix="ray")  # sockets lie in it: no long name
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="ray"))  # sockets lie in it: no long name
   started = []
 
   def start(*words: str) -> subprocess.Popen:
-    words = (sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block",
-             "--object-store-memory", str(100 * 2**20))  # fmt: skip
-    started.append(subprocess.Popen(
-      words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-      env=os.environ | settings, cwd=folder))  # fmt: skip
+    with (folder / f"said{len(started)}").open("w") as said:
+      started.append(subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block",
+         "--object-store-memory", str(100 * 2**20)],
+        stdout=said, stderr=said, start_new_session=True, cwd=folder,
+        env=os.environ | {"RAY_raylet_start_wait_time_s": "120"} | settings))  # a busy machine
     return started[-1]
+
+  def await_started():
+    deadline = time.monotonic() + 180
+    for number in range(len(started)):
+      while "Ray runtime started" not in (said := (folder / f"said{number}").read_text()):
+        assert time.monotonic() < deadline and started[number].poll() is None, said
+        time.sleep(0.5)
 
   try:
     start("--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false",
-          "--temp-dir", folder, "--disable-usage-stats")  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-      with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), 1).close()
-        break
-      time.sleep(0.5)
+          "--temp-dir", str(folder), "--disable-usage-stats")  # fmt: skip
+    await_started()
     address = f"127.0.0.1:{port}"
     machines = [start("--address", address, "--num-cpus", "1", "--num-gpus", "1") for _ in "ab"]
+    await_started()
     yield address, machines
   finally:
     for process in reversed(started):
