@@ -172,28 +172,24 @@ def cluster(settings: dict[str, str]):
   started = []
 
   def start(*words: str) -> subprocess.Popen:
-    with (folder / f"said{len(started)}").open("w") as said:
+    path = folder / f"said{len(started)}"
+    with path.open("w") as said:
       started.append(subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block",
          "--object-store-memory", str(100 * 2**20)],
         stdout=said, stderr=said, start_new_session=True, cwd=folder,
         env=os.environ | {"RAY_raylet_start_wait_time_s": "120"} | settings))  # a busy machine
-    return started[-1]
-
-  def await_started():
     deadline = time.monotonic() + 180
-    for number in range(len(started)):
-      while "Ray runtime started" not in (said := (folder / f"said{number}").read_text()):
-        assert time.monotonic() < deadline and started[number].poll() is None, said
-        time.sleep(0.5)
+    while "Ray runtime started" not in (told := path.read_text()):  # two at once take one port
+      assert time.monotonic() < deadline and started[-1].poll() is None, told
+      time.sleep(0.5)
+    return started[-1]
 
   try:
     start("--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false",
           "--temp-dir", str(folder), "--disable-usage-stats")  # fmt: skip
-    await_started()
     address = f"127.0.0.1:{port}"
     machines = [start("--address", address, "--num-cpus", "1", "--num-gpus", "1") for _ in "ab"]
-    await_started()
     yield address, machines
   finally:
     for process in reversed(started):
