@@ -15,10 +15,13 @@ from jaxtyping import Array, Float
 
 from uajax.config import Planes as PlanesConfig
 from uajax.models.audio import Linear
-from uajax.models.initial import PLANE, uniform
+from uajax.models.initial import within
 from uajax.models.planes import Planes
 
 ENTRIES = 64  # of the code-book of a scale, times the scale's multiple
+# Official: 0.1 to 0.5. The soft mean of entries so much alike is the same for every emotion, and
+# the other modalities explain the face before this one has anything to say.
+START = 1.0
 
 
 class Emotion(NamedTuple):
@@ -34,7 +37,7 @@ class EmotionEncoder(nn.Module):
   def setup(self):
     width = self.config.features
     self.query = Linear(width)
-    self.books = [self.param(f"codebook_{i}", uniform(*PLANE), (ENTRIES * multiple, width))
+    self.books = [self.param(f"codebook_{i}", within(START), (ENTRIES * multiple, width))
                   for i, multiple in enumerate(self.config.multiples)]
     self.planes = Planes(self.config)
 

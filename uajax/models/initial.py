@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-PLANE = (0.1, 0.5)  # of planes and code-books, method.md B.4, C.1
-
 
 def uniform(low: float, high: float) -> Callable[..., Array]:
   """Initialiser: `init(key, shape, dtype)` is uniform in [low, high)."""

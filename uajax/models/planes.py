@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uajax.config import Planes as PlanesConfig
-from uajax.models.initial import PLANE, uniform
+from uajax.models.initial import uniform
 
 PAIRS = ((0, 1), (0, 2), (1, 2))  # (columns, rows)
+# Official: 0.1 to 0.5, whose products begin about 0.03. That tells next to nothing of a place until
+# it has grown, and what is to move apart from its surroundings (lids) comes late or never.
+START = (0.8, 1.2)
 
 
 class Planes(nn.Module):
@@ -30,7 +33,7 @@ class Planes(nn.Module):
     scales = []
     for i, multiple in enumerate(self.config.multiples):
       side = self.config.resolution * multiple
-      planes = self.param(f"scale_{i}", uniform(*PLANE), (3, side, side, channels))
+      planes = self.param(f"scale_{i}", uniform(*START), (3, side, side, channels))
       scales.append(sample(planes, points, self.config.bound))
     return scales
 
