@@ -113,9 +113,13 @@ def _face(setting: Setting, moment: Moment, avatar: Avatar, frame: Frame, image,
     loss += w.lips * losses.mean_inside(wrong, lips)
     loss += w.eyes * losses.mean_inside(wrong, _inside(frame.eyes, head.shape))
     audio, eye = out.features[..., 0], out.features[..., 1]
-    loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
-    loss += jnp.where(bald, 0.0, w.attention_on_hair) * (
-      losses.mean_inside(eye, hair) + losses.mean_inside(audio, hair))
+    # Heads start still, so that a gate's only gradient would be this, and Adam makes the least of
+    # gradients count in full: in twenty steps the eyes' gate were shut everywhere (official: at
+    # once, before heads that start with motion).
+    if phase == "ensemble":
+      loss += w.eye_attention_on_lips * losses.mean_inside(eye, lips)
+      loss += jnp.where(bald, 0.0, w.attention_on_hair) * (
+        losses.mean_inside(eye, hair) + losses.mean_inside(audio, hair))
   if perceptual is not None:
     crops = [_crop(x, frame.lips) for x in (picture, target)]
     loss += w.lpips_lips * lpips(perceptual, *crops)
