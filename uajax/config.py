@@ -136,6 +136,7 @@ class Stage:
   sh_every: int = 1_000  # steps between SH degrees
   guide_until: int = 40_000  # guided sampling ends here (0: never)
   guide_every: int = 15
+  shut: float = 0.2  # share of guided training that looks at shut eyes (official: see `sampling`)
   hair_until: int = 46_000  # hair counts in one step of `hair_every` only, until here
   hair_every: int = 7
   lpips_from: int = 47_000

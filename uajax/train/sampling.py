@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from uajax.config import Stage
 from uajax.types import Guide
 
+SHUT_MOST = 8  # times as often as it comes in the clip is no frame drawn for its shut eyes
 MOUTH_PIXELS = 20 / 512**2  # share of the picture below which a mouth teaches nothing
 
 
@@ -44,7 +45,9 @@ def _face_misfit(stage, guide, step, draw):
 
   Wide mouths, shut eyes and raised brows are rare, and no motion is learnt from what is hardly
   seen. Lips have every other guided draw, lids and brows share the rest. (Official: eyes only,
-  that close further and further.)
+  that close further and further.) Besides, a share of all steps looks at shut eyes: a lid has to
+  pass over the eye before it explains anything, and an eye that is a little grey all the time is
+  the nearer answer as long as few frames ask for more.
   """
   turn = step // stage.guide_every
   static = step < stage.warm_steps
@@ -52,7 +55,11 @@ def _face_misfit(stage, guide, step, draw):
   lips = _misfit(guide.lip_height_px, jnp.where(static, step / stage.guide_until, at))
   eyes = jnp.where(turn % 4 == 0, _misfit(guide.blink, at), _misfit(guide.brow, at))
   misfit = jnp.where(static | (turn % 2 == 1), lips, eyes)
-  return misfit, (step < stage.guide_until) & (step % stage.guide_every == 0)
+  shut = _misfit(guide.blink, 1.0)
+  share = jnp.minimum(stage.shut, SHUT_MOST * jnp.mean(shut <= 0))
+  closing = ~static & (jax.random.uniform(jax.random.fold_in(draw, 2)) < share)
+  guided = closing | (step % stage.guide_every == 0)
+  return jnp.where(closing, shut, misfit), (step < stage.guide_until) & guided
 
 
 def _misfit(values, at):

@@ -46,6 +46,21 @@ def test_what_is_rare_in_a_face_is_drawn_as_often_as_the_usual(turn, name):
   assert (drawn(stage, guided, seldom) >= FRAMES - 3).mean() > 0.3
 
 
+def test_shut_eyes_are_looked_at_often_but_no_frame_too_often():
+  stage = config.shorten(config.FACE, 5_000)
+  moving = range(stage.warm_steps, stage.warm_steps + 800)
+  seldom = GUIDE._replace(blink=jnp.zeros(FRAMES).at[-3:].set(1.0))
+  shut = drawn(stage, moving, seldom) >= FRAMES - 3
+  assert 0.25 < shut.mean() < 0.4
+  static = drawn(stage, range(stage.warm_steps), seldom) >= FRAMES - 3
+  assert static.mean() < 0.15, "eyes begin open"
+  many = 20
+  once = Guide(*(jnp.tile(leaf, many) for leaf in GUIDE))._replace(
+    blink=jnp.zeros(many * FRAMES).at[-1].set(1.0))
+  assert (drawn(stage, moving, once, jnp.full(many * FRAMES, 0.01)) == many * FRAMES - 1
+          ).mean() < 0.05
+
+
 def test_guidance_without_any_fitting_frame_takes_the_nearest():
   stage = config.shorten(config.FACE, 5_000)
   hardly_open = GUIDE._replace(lip_height_px=jnp.linspace(0, 0.1, FRAMES).at[-1].set(10.0))
