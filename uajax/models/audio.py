@@ -6,13 +6,12 @@ Axes: b neighbouring windows (8), d audio channels, w steps of a window, c code.
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uajax.models.initial import uniform, within
 
 _SLOPE = 0.02
-
-
 
 
 class Linear(nn.Module):
@@ -35,11 +34,29 @@ class Linear(nn.Module):
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _convolve(x: Float[Array, "b w d"], width: int, strides: int, name: str):
-  limit = (3 * x.shape[-1]) ** -0.5
-  conv = nn.Conv(width, (3,), strides=strides, padding=1, kernel_init=within(limit),
-                 bias_init=within(limit), name=name)
-  return nn.leaky_relu(conv(x), _SLOPE)
+class Convolution(nn.Module):
+  """Three taps along the steps, zeros beyond the ends, as one product.
+
+  A GPU's convolutions are made for larger arrays: each of these waited longer than it worked.
+  """
+
+  features: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b w i"]) -> Float[Array, "b v o"]:
+    inputs = x.shape[-1]
+    draw = within((3 * inputs) ** -0.5)
+    kernel = self.param("kernel", draw, (3, inputs, self.features))
+    bias = self.param("bias", draw, (self.features,))
+    ends = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+    reach = x.shape[1]  # of each tap, in steps
+    taps = [ends[:, tap:tap + reach:self.stride] for tap in range(3)]
+    return jnp.concatenate(taps, -1) @ kernel.reshape(3 * inputs, -1) + bias[None, None]
+
+
+def _convolve(x: Float[Array, "b w d"], width: int, stride: int, name: str):
+  return nn.leaky_relu(Convolution(width, stride, name=name)(x), _SLOPE)
 
 
 class AudioNet(nn.Module):
