@@ -197,7 +197,8 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
       # All frames look up the same places: where that is known apart, the mean may be taken before
       # it is scattered into the tri-planes, which hold several times as much.
       own = grads if look_up is None else _but_planes(grads)
-      report, own, d_places = jax.tree.map(lambda leaf: leaf / mesh.size, (report, own, d_places))
+      devices = mesh.size
+      report, own, d_places = jax.tree.map(lambda leaf: leaf / devices, (report, own, d_places))
       d_places, (report, own, stats) = _sums_in_turn(d_places, (report, own, stats))
       if look_up is None:
         grads = own
