@@ -414,6 +414,7 @@ class ImportOfficial:
     from uajax import interop, runs
 
     runs.adopt(self.out, interop.load_official(self.checkpoint), self.checkpoint, self.subject)
+    print("its uncertainty is not calibrated: nothing ties it to errors or to noise")
     print(f"run folder: {self.out}; next: uajax export {self.out} --format npz --out avatar.npz")
     return 0
 

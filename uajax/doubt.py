@@ -35,6 +35,7 @@ from uajax.progress import Progress
 from uajax.types import ACTION_UNITS, FACE, HAIR, MOUTH, SAMPLE_RATE_HZ, Controls
 
 SNRS_DB = (30.0, 20.0, 10.0, 0.0)
+MOST_DB = 100.0  # either way
 FRAMES = 64  # of the noisy speech, evenly spread
 TENTH = 10  # the share of pixels that counts as the most uncertain: one in so many
 MAINS_HZ, HARMONICS = 50, 10  # of a hum
@@ -63,13 +64,13 @@ def measure(
 
   Raises:
     UserError: the run or its subject cannot be read, or it was trained without uncertainty; a
-      ratio is not finite.
+      ratio is out of reach; a recording cannot be read, or a noise is silent.
   """
   from uajax import runs
 
   for snr_db in snrs_db:
-    if not math.isfinite(snr_db):
-      raise UserError(f"a signal-to-noise ratio of {snr_db} dB: give finite ones")
+    if not abs(snr_db) <= MOST_DB:
+      raise UserError(f"a signal-to-noise ratio of {snr_db} dB: give -{MOST_DB:g} to {MOST_DB:g}")
   run = runs.open_run(run_path)
   avatar = run.avatar()
   if not avatar.config.uncertainty:
@@ -198,10 +199,11 @@ def make_noise(name: str | os.PathLike, samples: int, rng: np.random.Generator
     turns = np.arange(samples)[:, None] * (MAINS_HZ * np.arange(1, HARMONICS + 1)) / SAMPLE_RATE_HZ
     phases = rng.uniform(size=HARMONICS)[None]
     return (np.sin(2 * np.pi * (turns + phases)) / np.arange(1, HARMONICS + 1)[None]).sum(1)
-  noise = np.asarray(media.read_audio(name))
+  noise = np.resize(media.read_audio(name), samples)
   if not noise.any():
-    raise UserError(f"{name} is silent: give a noise that can be heard, or white or hum")
-  return np.resize(noise, samples)
+    raise UserError(f"{name} is silent for as long as the speech lasts: give a noise that can be "
+                    "heard, or white or hum")
+  return noise
 
 
 def with_noise(wav: Float[np.ndarray, " s"], noise: Float[np.ndarray, " s"], snr_db: float

@@ -164,6 +164,9 @@ def synthesize_all(
   if uncertainty is not None and not avatar.config.uncertainty:
     raise UserError(f"{run.path} was trained without uncertainty: leave --uncertainty out, or "
                     "train with --model.motion.uncertainty")
+  if uncertainty is not None and not avatar.config.calibrates:
+    _LOG.warning("the uncertainty of %s is not calibrated (an imported avatar, or trained without "
+                 "model.motion.calibrated): nothing ties it to errors or to noise", run.path)
   extractors = extract.load(run.extractors)
   resolve = functools.partial(control.resolve, extractors)
   for span in spans:

@@ -1,13 +1,19 @@
 """Whether figures about the uncertainty say what they claim to."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from uajax import doubt, media
+from uajax.avatar import acquaint
+from uajax.data import synthetic
 from uajax.errors import UserError
-from uajax.models.motion import FACE_MODALITIES
+from uajax.models.motion import FACE_MODALITIES, FaceMotion
+from uajax.speech import features
+from uajax.types import ACTION_UNITS, Controls
 
 
 def test_a_map_that_knows_its_errors_is_told_from_one_that_does_not():
@@ -38,12 +44,39 @@ def test_noise_has_the_power_that_was_asked_for(name):
 def test_a_recording_serves_as_noise_unless_it_is_silent(tmp_path):
   rng = np.random.default_rng(2)
   media.write_wav(tmp_path / "babble.wav", 0.1 * rng.standard_normal(8_000))
-  media.write_wav(tmp_path / "nothing.wav", np.zeros(8_000))
+  media.write_wav(tmp_path / "later.wav", np.r_[np.zeros(30_000), np.ones(100)])
   noise = doubt.make_noise(tmp_path / "babble.wav", 20_000, rng)
   assert noise.shape == (20_000,)
   np.testing.assert_array_equal(noise[:8_000], noise[8_000:16_000])
-  with pytest.raises(UserError, match="nothing.wav is silent"):
-    doubt.make_noise(tmp_path / "nothing.wav", 20_000, rng)
+  with pytest.raises(UserError, match="later.wav is silent for as long"):
+    doubt.make_noise(tmp_path / "later.wav", 20_000, rng)
+
+
+def test_noise_makes_speech_strange_to_ears_that_were_taught_without_it():
+  """By how strong it is, and another's speech less; whatever the ears are, here none are learnt."""
+  wav, other = (np.concatenate([item[0] for item in synthetic.corpus(seed, 2, 2.0)])
+                for seed in (3, 4))
+
+  def heard(sound):
+    windows = features.mel_windows(sound, 100)
+    audio = np.stack([features.neighbouring(windows, i) for i in range(100)])
+    return Controls(*map(jnp.asarray, (
+      audio, *(np.zeros((100, n), np.float32) for n in (len(ACTION_UNITS), 64, 64, 128)))))
+
+  avatar = acquaint(tiny_run.avatar(), heard(wav))
+  ask = jax.jit(jax.vmap(lambda controls: FaceMotion(avatar.config).apply(
+    {"params": avatar.face.motion}, controls, method="strangeness")))
+  strange = lambda sound: float(ask(heard(sound)).mean())
+  noise = doubt.make_noise("white", len(wav), np.random.default_rng(0))
+  rise = [strange(doubt.with_noise(wav, noise, snr_db)) for snr_db in doubt.SNRS_DB]
+  assert strange(wav) < 1.02 and rise[0] < 1.05, "clean or nearly so, little is strange"
+  assert (np.diff(rise) > 0).all() and rise[-1] > 1.3 > strange(other)
+
+
+def test_ratios_and_runs_that_cannot_be_are_refused(tmp_path):
+  for snr_db in (1e9, float("nan")):
+    with pytest.raises(UserError, match="give -100 to 100"):
+      doubt.measure(tmp_path, snrs_db=[snr_db])
 
 
 @pytest.mark.slow

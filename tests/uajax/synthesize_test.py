@@ -279,6 +279,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path):
   assert sorted(tmp_path.iterdir()) == before
 
 
+def test_uncertainty_that_nothing_ties_to_errors_is_said_to_be_so(run, subject, tmp_path, caplog):
+  motion = dataclasses.replace(tiny_run.MOTION, calibrated=False)
+  old = tiny_run.make(tmp_path / "old", subject, motion=motion)
+  media.write_wav(tmp_path / "in.wav", speech(0.2))
+  for made, said in ((run, 0), (old, 1)):
+    with pytest.raises(UserError, match="happy, neutral"):  # found after that, before the film
+      synthesize.synthesize(made.path, tmp_path / "in.wav", tmp_path / "out.mp4",
+                            emotion="furious", uncertainty=tmp_path / "map.mp4")
+    assert caplog.text.count("is not calibrated") == said
+
+
 def test_eight_kilohertz_stereo_is_heard(run, tmp_path):
   import wave
 

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 KNOWN = 0.95  # share of the training frames within which nothing counts as strange
+MOST = 1e4  # of the factor, so that no sound drives it out of range
 _FLOOR = 0.03  # of the mean variance of a direction, added to each: what hardly varies says little
+_ROUNDING = 1e-10  # of the codes' power: variance below it is none
 
 
 class Familiar(nn.Module):
@@ -31,18 +33,20 @@ class Familiar(nn.Module):
     mean = self.param("mean", nn.initializers.zeros, (size,))
     whiten = self.param("whiten", nn.initializers.zeros, (size, size))
     distance = jnp.square(_turn(code - mean, whiten)).sum()
-    return jax.lax.stop_gradient(jnp.maximum(distance, 1))
+    return jax.lax.stop_gradient(jnp.clip(distance, 1, MOST))
 
 
 def learn(codes: Float[Array, "f c"]) -> dict[str, Array]:
-  """The parameters of `Familiar` for codes of training frames; none is strange where all agree."""
+  """The parameters of `Familiar` for codes of training frames; nothing is strange if all agree."""
   mean = codes.mean(0)
   off = codes - mean[None]
   values, vectors = jnp.linalg.eigh(_turn(off.T, off) / len(codes))
   values = jnp.maximum(values, 0)
-  whiten = vectors / jnp.sqrt(values + _FLOOR * values.mean() + 1e-12)[None]
-  edge = jnp.quantile(jnp.square(_turn(off, whiten)).sum(1), KNOWN)
-  return {"mean": mean, "whiten": whiten * jnp.where(edge > 0, 1 / jnp.sqrt(edge + 1e-12), 0)}
+  differ = values.mean() > _ROUNDING * jnp.square(codes).mean()
+  whiten = vectors / jnp.sqrt(jnp.where(differ, values + _FLOOR * values.mean(), 1))[None]
+  # Where nearly all frames are one, silence, say, the rest of them is no stranger than it varies.
+  edge = jnp.maximum(jnp.quantile(jnp.square(_turn(off, whiten)).sum(1), KNOWN), 1)
+  return {"mean": mean, "whiten": jnp.where(differ, whiten / jnp.sqrt(edge), 0)}
 
 
 def _turn(x: Float[Array, "*f c"], by: Float[Array, "c d"]) -> Float[Array, "*f d"]:

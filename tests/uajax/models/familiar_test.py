@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uajax.models.familiar import Familiar, learn
+from uajax.models.familiar import MOST, Familiar, learn
 
 ask = jax.jit(jax.vmap(lambda params, code: Familiar().apply({"params": params}, code), (None, 0)))
 
@@ -22,10 +22,18 @@ def test_training_is_familiar_and_disturbance_strange_by_how_strong_it_is():
   assert (np.diff(factors) > 0).all() and factors[0] < 1.2 and factors[2] > 3
 
 
-def test_without_training_or_with_one_code_throughout_nothing_is_strange():
+def test_nothing_is_strange_before_training_or_where_its_frames_are_one():
   far = jnp.asarray([[1e3] * 4])
   untaught = jax.jit(Familiar().init)(jax.random.key(0), far[0])["params"]
-  assert ask(untaught, far) == 1
-  params = learn(jnp.ones((5, 4)))
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-  assert ask(params, jnp.ones((1, 4))) == 1
+  rounded = 7 * (1 + 1e-7 * np.random.default_rng(1).normal(size=(50, 4)))
+  for params in (untaught, *map(jax.jit(learn), (jnp.ones((1, 4)), jnp.zeros((5, 4)), rounded))):
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert ask(params, far) == 1
+
+
+def test_a_word_in_much_silence_is_not_strange_and_nothing_is_without_bound():
+  rng = np.random.default_rng(2)
+  codes = jnp.asarray(np.concatenate([np.zeros((970, 4)), rng.normal(size=(30, 4))]), jnp.float32)
+  params = learn(codes)
+  assert 1 < ask(params, codes[970:]).mean() < 200
+  assert ask(params, jnp.asarray([[1e12, 0, 0, 0]])) == MOST
