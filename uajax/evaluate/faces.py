@@ -94,12 +94,14 @@ def compare(
     scores.swapaxes(0, 1).reshape(len(both), -1), measured, np.ones(len(both), bool)
   )
   units = {name: values.reshape(2, -1).T for name, values in table.items()}
+  gap = 1e3 * measured.gap.reshape(2, -1)
   errors = {name: float(np.mean((u[:, 0] - u[:, 1]) ** 2)) for name, u in units.items()}
   eyes = [flat[:, 0, part].mean(1) for part in _EYES]
   figures = {
     "frames": len(kept),
     "lmd_px": float(whole.mean()),
     "mouth_lmd_px": float(mouth.mean()),
+    "mouth_opening_correlation": correlate(gap[1], gap[0]),
     "eye_distance_px": float(np.linalg.norm(eyes[0] - eyes[1], axis=-1).mean()),
     "jitter_px": jitter(flat[:, 1], ids[found]),
     "truth_jitter_px": jitter(flat[:, 0], ids[found]),
@@ -109,7 +111,6 @@ def compare(
     "e_fid": frechet(scores[:, 1, 1:], scores[:, 0, 1:]) if len(kept) > 1 else None,
     "e_fid_by": E_FID_BY,
   }
-  gap = 1e3 * measured.gap.reshape(2, -1)
   columns = {"lmd_px": whole, "mouth_lmd_px": mouth, "gap_mm": gap[1], "truth_gap_mm": gap[0]}
 
   def spread(values: np.ndarray) -> np.ndarray:

@@ -27,6 +27,9 @@ _FIGURES = {
   "face.lmd_px": ("LMD of 68 landmarks, px (each set centred)", "{:.3f}"),
   "face.mouth_lmd_px": ("LMD of the mouth's 20 landmarks, px", "{:.3f}"),
   "face.eye_distance_px": ("distance of the eyes, px, to judge pixels by", "{:.1f}"),
+  "face.mouth_opening_correlation": (
+    "gap of the inner lips, by landmarks of render and truth: correlation", "{:.3f}",
+  ),
   "face.jitter_px": ("trembling of the render's landmarks, px", "{:.3f}"),
   "face.truth_jitter_px": ("the same of the truth's", "{:.3f}"),
   "face.aue_upper": ("AUE, upper face: summed squared errors of 8 action units", "{:.3f}"),

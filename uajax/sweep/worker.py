@@ -69,7 +69,7 @@ def run(folder: pathlib.Path) -> int:
       with trials.held(folder.parent / ".packing", patience_s=PACKING_S):
         loader.open_source(trial.subject, audio=trial.experiment.model.audio)
       loop.train(trial.subject, trial.run, trial.experiment, perceptual=perceptual)
-      report = evaluate.evaluate(trial.run, pictures_only=True)
+      report = evaluate.evaluate(trial.run)
     except Stopped as stopped:
       print(f"uajax: {stopped}", file=sys.stderr)
       return UNENDED

@@ -98,6 +98,10 @@ def test_equal_faces_have_no_error_and_what_differs_is_named(landmarker):
   widened = opened.per_frame["gap_mm"] - opened.per_frame["truth_gap_mm"]
   np.testing.assert_allclose(widened, 10, rtol=0.05)
   assert opened.figures["au_squared_errors"]["AU25"] == pytest.approx(4, rel=0.1)  # 10 of 25 mm
+  assert opened.figures["mouth_opening_correlation"] is None, "neither of them moves"
+  talks = [pair(mesh, gap_m=(gap, 0.5 * gap)) for gap in (0.0, 0.002, 0.01)]
+  figures = faces.compare(talks, np.arange(3), mesh).figures
+  assert figures["mouth_opening_correlation"] == pytest.approx(1, abs=0.01)
 
 
 def test_the_halves_of_the_face_are_those_of_the_method():
