@@ -1,6 +1,6 @@
 r"""What do Prior Extraction (P), Emotion Distillation (E) and Uncertainty (U) each bring?
 
-    uajax sweep experiments/ablation.py data/may --cpus-per-trial 2
+    uajax sweep experiments/ablation.py demo/subject data/may
     uajax train data/may --workdir runs/may_PE --preset paper \
       --model.motion.modalities audio content style emotion --model.motion.no-uncertainty \
       --model.motion.members 1
@@ -10,8 +10,10 @@ audio and the action units and nothing else. P adds content and style, E the emo
 network a modality answers for certain and a linear layer joins the answers; with it ensembles
 answer and a product of Gaussians fuses them.
 
-The first command is the quick schedule's; the second is one row of another preset. Hardware: one
-GPU of 16 GB. Scores: not measured yet.
+The first command is the quick schedule's, for one GPU of 16 GB: `sweeps/ablation/results.md` and
+`.csv` hold a row each with PSNR, LPIPS and mouth LMD of held-out frames (the latter two need
+`uajax fetch lpips_alex.npz face_landmarker.task`); the same command goes on with what is left. The
+second is one row of another preset. `ablation_demo.py` has the rows small enough for two CPU cores.
 """
 
 import dataclasses
