@@ -273,7 +273,7 @@ def write_plys(
   path = pathlib.Path(path)
   stage = Stage(run_path)
   talk = stage.hear(read_speech(audio), pathlib.Path(audio).name)
-  progress = Progress("splats", talk.frames)
+  progress = Progress("splats", talk.frames, compiles=True)
   with saving.aside(path, folder=True) as partial:
     for i in range(talk.frames):
       motion = stage.move(stage.controls(talk, i, Acting(emotion, intensity, ())))

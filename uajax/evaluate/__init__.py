@@ -92,7 +92,7 @@ def evaluate(
       yield synthesize.Scene(frame.controls, frame.camera, frame.background)
 
   known = _Known.of(source.path)
-  progress = Progress(f"evaluate {split}", count)
+  progress = Progress(f"evaluate {split}", count, compiles=True)
   for i, drawn in enumerate(synthesize.draw(avatar, scenes())):
     truth, lips = truths.popleft()
     number = int(source.ids[i])
@@ -149,7 +149,7 @@ def compare(
   judge = _Judge(total, (infos[0].height, infos[0].width), pictures_only)
   lengths = [0, 0]
   films = itertools.zip_longest(media.read_frames(pred), media.read_frames(truth))
-  progress = Progress("evaluate", total)
+  progress = Progress("evaluate", total, compiles=True)
   for i, pair in enumerate(films):
     lengths = [n + (image is not None) for n, image in zip(lengths, pair, strict=True)]
     render, real = pair

@@ -312,15 +312,18 @@ class Visit:
     if clock.running:
       self._sound(talk, now_s)
     asked = (id(talk), acting, look)
+    compiling = self.stage.is_new(look)
     if asked != self._drawn_for:
       self._drawn, self._kept, self._drawn_for, self._ahead_since = {}, 0, asked, None
-      if self.stage.is_new(look):
+      if compiling:
         self._tell(error="", drawn="getting ready to draw at this size")
     if (asked, frame) != self._shown:
       self._present(talk, frame, acting, look)
       self._shown = asked, frame
       self._time.value = frame / FPS
-      self._tell(error="", drawn=self._speed(look))
+      self._tell(error="", drawn=self._speed(look, compiling))
+      if compiling:
+        self._took.pop()  # no measure of the frames to come
     if clock.running:
       if clock.over(time.monotonic()):
         self.stop(talk.frames - 1)
@@ -412,12 +415,13 @@ class Visit:
                      f"{duration(each_s * (talk.frames - done))} left")
     return 0.0
 
-  def _speed(self, look: Look) -> str:
+  def _speed(self, look: Look, compiling: bool) -> str:
     if not self._took[-1]:
       return "from memory"
     count = sum(int(alive.sum()) for alive in self.stage.alive)
     what = "moved" if look.splats else "drawn"
-    return f"{count} splats {what} in {1000 * self._took[-1]:.0f} ms"
+    return f"{count} splats {what}" + (
+      "" if compiling else f" in {1000 * self._took[-1]:.0f} ms")
 
   def _sound(self, talk: Talk, now_s: float) -> None:
     """Gives the page the sound from here on, a stretch at a time."""
