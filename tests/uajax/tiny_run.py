@@ -35,11 +35,8 @@ def avatar(seed: int = 0, splats: int = 16, motion: config.Motion = MOTION) -> A
   shapes = jax.eval_shape(lambda key: init_motion(key, motion), jax.random.key(0))
   layers = []
   for shape in shapes:
-    # Scales by which all that drives the avatar reaches its pixels.
-    size = lambda path: 3.0 if {"planes", "codebook_0"} & {part.key for part in path} else 0.33
     motions = jax.tree_util.tree_map_with_path(
-      lambda path, spec, size=size: size(path) * normal(*spec.shape), shape
-    )
+      lambda path, spec: _draw({part.key for part in path}, spec.shape, normal), shape)
     values = Splats(
       means=0.02 * normal(splats, 3),
       raw_scales=-4 + 0.3 * normal(splats, 3),
@@ -50,6 +47,13 @@ def avatar(seed: int = 0, splats: int = 16, motion: config.Motion = MOTION) -> A
     )
     layers.append(Layer(values, jnp.arange(splats) < splats - 2, motions))
   return Avatar(face=layers[0], mouth=layers[1], config=motion)
+
+
+def _draw(names: set[str], shape: tuple[int, ...], normal):
+  if "familiar" in names:
+    return jnp.zeros(shape)  # no sound is strange
+  # Scales by which all that drives the avatar reaches its pixels.
+  return (3.0 if {"planes", "codebook_0"} & names else 0.33) * normal(*shape)
 
 
 def make(
