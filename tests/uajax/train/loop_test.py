@@ -39,7 +39,7 @@ def experiment(steps: int = 8) -> config.Experiment:
                                lpips_from=steps, densify=densify, **changes)
 
   # Each program takes long to compile: every phase once, the growth of slots once.
-  fuse = dataclasses.replace(config.FUSE, steps=2, lpips_from=0)
+  fuse = dataclasses.replace(config.FUSE, steps=4, lpips_from=0)
   return config.Experiment(
     model=config.Model(motion=motion),
     mouth=small(config.MOUTH, 32, 48, warm_steps=2, ensemble_from=2),
@@ -90,13 +90,13 @@ def leaves(run):
 
 def test_a_run_trains_grows_and_reports(trained):
   rows = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
-  assert [row["total"] for row in rows] == list(range(2, 19, 2))
+  assert [row["total"] for row in rows] == list(range(2, 21, 2))
   assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 for row in rows)
   mouth = [row["mouth_splats"] for row in rows if row["stage"] == "mouth"]
   assert mouth[0] > 24 and mouth[-1] > 32, "splats grow, and past the first 32 slots"
   assert len(list((trained.path / "pictures").glob("*.png"))) == 3
   seen = {row["total"]: row["held_out_psnr_db"] for row in rows if "held_out_psnr_db" in row}
-  assert list(seen) == [8, 16, 18] and all(0 < db < 60 for db in seen.values())
+  assert list(seen) == [8, 16, 20] and all(0 < db < 60 for db in seen.values())
   assert list((trained.path / "tensorboard").glob("events.*"))
   assert "complete" in trained.progress()
   assert all(np.isfinite(leaf).all() for leaf in leaves(trained))
@@ -153,7 +153,19 @@ def test_killed_twice_and_resumed_the_bits_are_those_of_an_unbroken_run(trained,
     np.testing.assert_array_equal(a, b)
   totals = [json.loads(line)["total"]
             for line in (path / "metrics.jsonl").read_text().splitlines()]
-  assert totals == list(range(2, 19, 2)), "no line is lost or doubled"
+  assert totals == list(range(2, 21, 2)), "no line is lost or doubled"
+
+
+def test_resumed_within_the_fuse_stage_what_calibrates_doubt_has_the_bits_of_an_unbroken_run(
+    trained, subject, tmp_path):
+  path = tmp_path / "cut"
+  shutil.copytree(trained.path, path)
+  shutil.rmtree(path / "checkpoints" / "20")
+  begun = runs.open_run(path).avatar()
+  resumed = train(subject, path)
+  assert (begun.face.motion["doubt_head"]["second"]["bias"]
+          != resumed.avatar().face.motion["doubt_head"]["second"]["bias"]).any()
+  assert same(trained, resumed)
 
 
 def test_slots_that_nothing_lives_in_are_given_up():
@@ -269,7 +281,7 @@ def test_training_that_diverges_goes_back_once_with_other_random_numbers(
           "step 12 to step 10") in caplog.text
   totals = [json.loads(line)["total"]
             for line in (whole.path / "metrics.jsonl").read_text().splitlines()]
-  assert totals == list(range(2, 19, 2))
+  assert totals == list(range(2, 21, 2))
 
   glitch(monkeypatch, total=12)
   with monkeypatch.context() as patch:  # stopped after it went back: the checkpoint knows that
