@@ -169,6 +169,7 @@ def listen(
   still = np.zeros(len(ACTION_UNITS), np.float32)
   places = know(avatar).face
   rows = []
+  progress = Progress("doubt of sounds", len(sounds), compiles=True)
   for name, snr_db, sound in sounds:
     count = features.frame_count(len(sound))
     speech = extract.hear(extractors, sound, count, listen=heard_by)
@@ -181,6 +182,8 @@ def listen(
       doubts.append(doubt(avatar, places, controls))
     rows.append({"heard": name, "snr_db": snr_db} | {
       each: float(np.mean([found[each] for found in doubts])) for each in doubts[0]})
+    progress.advance(note=describe_sound(rows[-1]))
+  progress.close()
   return rows
 
 
@@ -247,14 +250,21 @@ def describe(report: Mapping) -> str:
   rows = report["noise"]
   names = [name for name in FACE_MODALITIES if name in rows[0]]
   lines.append("doubt of each modality, clean speech 1:")
-  heard = ["clean" if row["heard"] is None else pathlib.Path(row["heard"]).name +
-           ("" if row["snr_db"] is None else f" {row['snr_db']:g} dB") for row in rows]
+  heard = list(map(describe_sound, rows))
   width = max(map(len, heard))
   lines.append(" " * width + "".join(f"{name:>10}" for name in names))
   for row, label in zip(rows, heard, strict=True):
     ratios = (row[name] / max(rows[0][name], 1e-30) for name in names)
     lines.append(f"{label:<{width}}" + "".join(f"{ratio:10.3f}" for ratio in ratios))
   return "\n".join(lines)
+
+
+def describe_sound(row: Mapping) -> str:
+  """What was heard in a row of `listen`."""
+  if row["heard"] is None:
+    return "clean"
+  ratio = "" if row["snr_db"] is None else f" {row['snr_db']:g} dB"
+  return pathlib.Path(row["heard"]).name + ratio
 
 
 def main(argv: Sequence[str] | None = None) -> int:
