@@ -15,6 +15,7 @@ import logging
 import pathlib
 import re
 import sys
+import time
 import traceback
 import types
 from collections.abc import Sequence
@@ -384,6 +385,7 @@ class Export:
   audio: Path | None = None  # of a ply: --out is a folder then, the splats of every frame in it
   emotion: str | None = None  # with --audio: a name. None: as it sounds
   intensity: float = 1.0  # of the named emotion: 0 none, 1 full
+  pace: bool = True  # of a stablehlo: compile it, to say how fast it draws here
 
   def run(self) -> int:
     if self.audio is not None and self.format != "ply":
@@ -391,14 +393,24 @@ class Export:
     if self.emotion is not None and self.audio is None:
       raise WrongUse("--emotion belongs to --audio: give both or none")
     from uajax import export
+    from uajax.progress import duration
 
-    for path in export.export(
+    began_s = time.monotonic()
+    paths = export.export(
       self.run_path, self.format, self.out, layer=self.layer, size=self.size, audio=self.audio,
       emotion=self.emotion, intensity=self.intensity,
-    ):  # fmt: skip
+    )  # fmt: skip
+    took = duration(time.monotonic() - began_s)
+    for path in paths:
       files = [*path.iterdir()] if path.is_dir() else [path]
       many = f"{len(files)} files, " if path.is_dir() else ""
       print(f"{path} ({many}{sum(file.stat().st_size for file in files) / 1e6:.1f} MB)")
+    print(f"written in {took}", flush=True)
+    if self.format == "stablehlo" and self.pace:
+      import jax
+
+      each_s = export.pace(paths[0])
+      print(f"draws a frame in {1000 * each_s:.1f} ms here ({jax.default_backend()})")
     return 0
 
 

@@ -165,6 +165,7 @@ def test_a_program_draws_the_same_frames_where_jax_alone_is_installed(avatar, tm
   path = export.write_stablehlo(tmp_path / "avatar.stablehlo", avatar, 48)
   program = jax.export.deserialize(path.read_bytes())
   assert program.platforms == ("cpu", "cuda", "tpu")
+  assert 0 < export.pace(path) < 10
   rng = np.random.default_rng(0)
   take = avatar.config
   shapes = (8, take.audio_channels, take.audio_width), (6,), (64,), (64,), (128,)
