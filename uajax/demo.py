@@ -9,6 +9,7 @@ in pixels: how alike the pictures are, and whether the mouth opens when it shoul
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -30,7 +31,10 @@ from uajax.types import Clip, Controls, Speech
 
 SECONDS = 12
 SIZE_PX = 128
-CORPUS, CORPUS_S = 60, 1.8  # utterances of the same voice, sound only, for the speech networks
+CORPUS, CORPUS_S = 100, 1.8  # utterances of the same voice, sound only, for the speech networks
+# An avatar that shows what it feels shows what is heard amiss, too.
+SPEECH = dataclasses.replace(extract.SMALL, distill=dataclasses.replace(
+  extract.SMALL.distill, fit=dataclasses.replace(extract.SMALL.distill.fit, steps=400)))
 SHEET = 6  # frames on the contact sheet
 _log = logging.getLogger("uajax")
 
@@ -58,7 +62,7 @@ def run(out, *, seed: int = 0) -> dict:
     if not held_out.exists():
       synthetic.make(held_out, person, script=synthetic.held_out_script(seed), seed=seed + 1)
   with watch.step("speech"):
-    extractors = extract.train(subject, extract.SMALL, corpus=lambda: _corpus(person, seed + 2))
+    extractors = extract.train(subject, SPEECH, corpus=lambda: corpus(person, seed + 2))
   with watch.step("avatar"):
     trained = loop.train(subject, run_path, config.demo())
   avatar = trained.avatar()
@@ -110,7 +114,7 @@ def summarize(out, report: dict) -> str:
   ])
 
 
-def _corpus(person: synthetic.Person, seed: int) -> Iterator[extract.CorpusItem]:
+def corpus(person: synthetic.Person, seed: int) -> Iterator[extract.CorpusItem]:
   """More speech of the same voice, with what the face does to it; no pictures."""
   for wav, label, intensity, expression in synthetic.corpus(seed, CORPUS, CORPUS_S, person=person):
     yield wav, expression, synthetic.EMOTIONS[label], intensity
