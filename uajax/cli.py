@@ -684,7 +684,8 @@ def _ask(question: str) -> str:
 
 
 def _fail(line: str, status: int) -> int:
-  sys.stderr.write(f"uajax: {line}\n")
+  clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
+  sys.stderr.write(f"{clear}uajax: {line}\n")
   return status
 
 

@@ -9,7 +9,7 @@ class Progress:
 
   On a terminal one line is redrawn; elsewhere (a log file, CI) a line is printed every
   `log_every_s` seconds, so that a log stays short. Where the first unit `compiles`, its time says
-  nothing of the others' and does not count for what is left.
+  nothing of the others' and does not count for what is left; that it may be long is said.
   """
 
   def __init__(self, label: str, total: int, done: int = 0, *, compiles: bool = False,
@@ -19,6 +19,8 @@ class Progress:
     self._terminal = sys.stderr.isatty()
     self._every_s = 0.5 if self._terminal else log_every_s
     self._begin(self._set_out_s)
+    if compiles:
+      self._write(f"{label}: getting ready (compiling may take a minute or more)")
 
   def advance(self, units: int = 1, note: str = "") -> None:
     self.done += units

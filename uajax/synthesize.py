@@ -483,14 +483,12 @@ def _write_both(write, films: list[pathlib.Path], drawn: Iterator[Drawn]) -> Non
 
 
 def _report(drawn: Iterator[Drawn], label: str, frames: int) -> Iterator[Drawn]:
-  """Says how long it takes yet; the clock starts with the first frame, after the compilation."""
-  progress = None
+  """Says how long it takes yet."""
+  progress = Progress(label, frames, compiles=True)
   for frame in drawn:
-    progress = progress or Progress(label, frames)
     yield frame
     progress.advance()
-  if progress is not None:
-    progress.close()
+  progress.close()
 
 
 def _film_path(path: str | os.PathLike, name: str, suffix: str) -> pathlib.Path:
