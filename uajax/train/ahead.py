@@ -1,17 +1,23 @@
 """Programs compiled before they are wanted, by threads, while the device trains.
 
-A training runs some twenty programs. On a GPU the larger ones take half a minute each to compile,
-together a good part of the whole; nearly all of that can happen meanwhile.
+A training runs some fifteen programs. On a GPU the larger ones take half a minute each to compile,
+together a good part of the whole; nearly all of that can happen meanwhile. A third of it, tracing
+and lowering, is Python's: only one thread at a time can do that, and the thread that trains has to
+wait for its turn. So programs are lowered one after the other, and turns are short.
 """
 
 import concurrent.futures
 import contextlib
 import os
+import sys
+import threading
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+
+TURN_S = 2e-4  # of a thread, while another waits for the interpreter (Python's own: 5e-3)
 
 
 class Call(NamedTuple):
@@ -43,25 +49,44 @@ class Ahead:
     self._threads = concurrent.futures.ThreadPoolExecutor(threads)
     self._most = threads
     self._busy: list[concurrent.futures.Future] = []
+    self._lowering = threading.Lock()
     self._settled: Hashable = None
+    self._turn_s = sys.getswitchinterval()
 
   def __enter__(self) -> "Ahead":
+    if self.active:
+      sys.setswitchinterval(min(TURN_S, self._turn_s))
     return self
 
   def __exit__(self, *_) -> None:
     self._threads.shutdown(cancel_futures=True)
+    if self.active:
+      sys.setswitchinterval(self._turn_s)
 
-  def __call__(self, call: Call) -> Any:
-    """The function's answer."""
+  def __call__(self, call: Call, meanwhile: Callable[[], None] = lambda: None) -> Any:
+    """The function's answer.
+
+    Args:
+      meanwhile: done before the function is called: where its program is not at hand, while that is
+        being compiled and the interpreter idle.
+    """
     function, static, arrays = call
     key = _key(call)
     begun, known = time.monotonic(), key in self._programs
     program = self._programs.setdefault(key, None)
     if isinstance(program, concurrent.futures.Future):
+      meanwhile()
       with contextlib.suppress(Exception):  # it will be raised again below
         self._programs[key] = program = program.result()
         self.used += 1
         self.waited_s += time.monotonic() - begun
+    elif known or not self.active:
+      meanwhile()
+    else:
+      lowered = function.lower(*arrays, **static)
+      meanwhile()
+      self._programs[key] = program = lowered.compile()
+      self.waited_s += time.monotonic() - begun
     if callable(program):
       return program(*arrays)
     answer = function(*arrays, **static)
@@ -94,7 +119,9 @@ class Ahead:
     self._settled = about
 
   def _compile(self, call: Call):
-    return call.function.lower(*call.arrays, **call.static).compile()
+    with self._lowering:
+      lowered = call.function.lower(*call.arrays, **call.static)
+    return lowered.compile()
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

@@ -10,13 +10,12 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jax.sharding import NamedSharding, PartitionSpec
 
 from uajax import consent, hosts, metrics, runs, saving
 from uajax.avatar import Avatar, Layer, acquaint, init_motion, render
@@ -24,19 +23,10 @@ from uajax.config import Experiment, Stage
 from uajax.data import loader
 from uajax.errors import Stopped, UserError
 from uajax.progress import Progress
-from uajax.train import densify, feed, optimizer, seeding, slots
+from uajax.train import feed, seeding, slots
 from uajax.train.ahead import Ahead, Call
-from uajax.train.step import (
-  State,
-  grow_and_prune,
-  is_perceptual,
-  mesh_of,
-  no_sums,
-  phase_of,
-  run_steps,
-  spread,
-  turning_points,
-)
+from uajax.train.outlook import Given, Outlook
+from uajax.train.step import State, enter, mesh_of, no_sums, phase_of, spread, turning_points
 from uajax.types import Frame
 
 GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
@@ -187,7 +177,7 @@ def _train_stages(run, avatar: Avatar, training: dict | None, at: runs.Progress,
     stage = stages[number]
     if training is None and stage.name == "fuse" and avatar.config.calibrates:
       avatar = acquaint(*hosts.local((avatar, fed.material.controls)))
-    state = _enter(stage, avatar) if training is None else State(avatar=avatar, **training)
+    state = enter(stage, avatar) if training is None else State(avatar=avatar, **training)
     training = None
     state = spread(state, mesh_of(run.experiment))
     avatar, at = _train_stage(run, number, stage, state, at, fed, programs, shown, perceptual,
@@ -207,19 +197,14 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   ends = list(_ends(experiment, stage, step))
   began, waited, sums = time.monotonic(), programs.waited_s, no_sums()
   running = last = None
-
-  def foresee(arrays):
-    if programs.active:
-      programs.prepare(*_upcoming(
-        experiment, number, step, state, sums, arrays, perceptual, at.capacity, shown))
-
+  outlook = Outlook(experiment, number, perceptual, shown.drawing)
+  foresee = lambda given: outlook.prepare(programs, step, at.capacity, given)
   for end, chunk in fed.chunks(stage, key, step, ends):
     jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
-    arrays = jnp.asarray(end - step), fed.material, chunk, key
-    if running is None:
-      foresee(arrays)
-    state, sums = programs(_steps(
-      experiment, stage, step, at.capacity, state, sums, arrays, perceptual))
+    given = Given(state, sums, jnp.asarray(end - step), fed.material, chunk, key)
+    state, sums = programs(
+      outlook.steps(step, at.capacity, given),
+      meanwhile=functools.partial(foresee, given) if running is None else lambda: None)
     last, running = running, sums
     progress.advance(end - step, f"{stage.name} {phase_of(stage, step)}")
     step = end
@@ -228,13 +213,13 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
     count, changed = end - begun, None
     shows = journal and (step % experiment.picture_every == 0 or step == stage.steps)
     if _grows(stage, step):
-      state, changed = programs(_growth(experiment, stage, state, arrays))
+      state, changed = programs(outlook.growth(given._replace(state=state)))
       state = slots.make_room(stage, state, changed)
     if stage.name != "fuse" and step in turning_points(stage):
       state = slots.give_up_spare(stage, state)
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
-      foresee(arrays)
+      foresee(given._replace(state=state))
       compile_s = programs.waited_s - waited
       took = time.monotonic() - began - compile_s
       report |= _census(stage, state, changed) | {
@@ -279,84 +264,6 @@ def _grows(stage: Stage, step: int) -> bool:
     step < stage.densify.until or (stage.name == "face" and step < stage.steps))
 
 
-def _growth(experiment: Experiment, stage: Stage, state: State, arrays: tuple) -> Call:
-  _, material, _, key = arrays
-  return Call(grow_and_prune, dict(experiment=experiment, stage=stage), (state, material, key))
-
-
-def _steps(experiment: Experiment, stage: Stage, step: int, capacity: int | None, state: State,
-           sums, arrays: tuple, perceptual) -> Call:
-  """The program that trains from a step on."""
-  count, material, chunk, key = arrays
-  weights = perceptual if is_perceptual(stage, step) else None
-  static = dict(experiment=experiment, stage=stage, phase=phase_of(stage, step),
-                capacity=capacity, mesh=mesh_of(experiment))
-  return Call(run_steps, static, (state, sums, count, material, chunk, weights, key))
-
-
-def _upcoming(experiment: Experiment, number: int, step: int, state: State, sums, arrays: tuple,
-              perceptual, capacity: int | None, shown: "Shown"
-              ) -> tuple[Iterator[Call], Hashable]:
-  """The programs that follow, and what they are given if slots stay as they are now wanted.
-
-  Returns:
-    the calls, and all that they depend on.
-  """
-  stage = experiment.stages()[number]
-  later = [point for point in turning_points(stage) if point > step]
-  fewer = growing = None
-  if stage.name != "fuse":
-    fewer = slots.wanted(stage, state)
-    growing = step < stage.densify.until and slots.is_filling(stage, state)
-  held = tuple(len(layer.alive) for layer in (state.avatar.face, state.avatar.mouth))
-  about = number, len(later), held, fewer, growing, capacity
-  return _calls(experiment, number, step, later, state, sums, arrays, perceptual, capacity, shown,
-                fewer, growing), about
-
-
-def _calls(experiment: Experiment, number: int, step: int, later: list[int], state: State, sums,
-           arrays: tuple, perceptual, capacity: int | None, shown: "Shown", fewer: int | None,
-           growing: bool | None) -> Iterator[Call]:
-  count, material, chunk, key = arrays
-  stage = experiment.stages()[number]
-  steps = lambda stage, point, state: _steps(
-    experiment, stage, point, capacity, state, sums, (count, material, chunk, key), perceptual)
-  if fewer is not None:
-    yield _growth(experiment, stage, state, arrays)
-  if growing:
-    grown = _shapes(experiment, functools.partial(slots.grow, stage), state)
-    yield steps(stage, step, grown)
-    yield _growth(experiment, stage, grown, arrays)
-  if fewer is not None:
-    fit = functools.partial(slots.keep, stage, fewer)
-    fitted = _shapes(experiment, fit, state)
-    yield from (steps(stage, point, fitted) for point in later[:1] if point < stage.steps)
-    yield shown.drawing(state.avatar)
-    state = fitted
-  while True:
-    yield from (steps(stage, point, state) for point in later if point < stage.steps)
-    yield shown.drawing(state.avatar)
-    number += 1
-    if number == len(experiment.stages()):
-      return
-    stage = experiment.stages()[number]
-    later = [0, *turning_points(stage)]
-    state = _shapes(experiment, functools.partial(_enter, stage), state.avatar)
-    if stage.name == "fuse":  # it alone looks at what is behind the head
-      chunk = chunk.replace(pictures=chunk.pictures._replace(background=chunk.pictures.image))
-    else:
-      yield _growth(experiment, stage, state, (count, material, chunk, key))
-
-
-def _shapes(experiment: Experiment, function, tree):
-  """Of what a function of shapes would return, spread over the devices that train."""
-  mesh = mesh_of(experiment)
-  everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere, weak_type=x.weak_type),
-    jax.eval_shape(function, tree))
-
-
 def _save(saver: runs.Saver, avatar: Avatar, training: dict, at: runs.Progress, due: bool,
           last: bool) -> None:
   """Says if an earlier checkpoint failed, begins this one if `due`, ends it if it is the `last`."""
@@ -393,21 +300,13 @@ def _begin(experiment: Experiment, clip: loader.Source) -> Avatar:
   return Avatar(**layers, config=experiment.model.motion, sh_degree=2)
 
 
-def _enter(stage: Stage, avatar: Avatar) -> State:
-  layer = avatar.mouth if stage.name == "mouth" else avatar.face
-  zero = lambda: jnp.zeros((), jnp.int32)  # not weakly typed: resumed, the same programs serve
-  return State(
-    avatar=avatar, opt=optimizer.init(optimizer.trainable(avatar, stage)),
-    stats=densify.no_stats(layer.alive.shape[0]), step=zero(), skipped=zero())
-
-
 def _training(state: State) -> dict:
   """The part of the state that only training needs."""
   return {"opt": state.opt, "stats": state.stats, "step": state.step, "skipped": state.skipped}
 
 
 def _resume_template(avatar: Avatar, experiment: Experiment, at: runs.Progress):
-  return None if at.step == 0 else _training(_enter(experiment.stages()[at.stage], avatar))
+  return None if at.step == 0 else _training(enter(experiment.stages()[at.stage], avatar))
 
 
 def _with_capacity(stage: Stage, state: State, at: runs.Progress, overflow: float):

@@ -25,6 +25,7 @@ from uajax.train.objective import GREEN, Moment, Phase, Setting, objective
 from uajax.types import Camera, Controls, Frame, Guide, Pictures
 
 FRAMES = "frames"  # the axis of the mesh
+_no_moments = jax.jit(optimizer.init)  # one program, not one for every shape
 REPORT = ("loss", "l1", "psnr", "grad_norm", "overflow", "skipped")  # of a step
 
 
@@ -36,6 +37,15 @@ class State(flax.struct.PyTreeNode):
   stats: densify.Stats
   step: Int[Array, ""]  # within the stage
   skipped: Int[Array, ""]  # steps whose gradient was not finite, in a row
+
+
+def enter(stage: Stage, avatar: Avatar) -> State:
+  """The state in which a stage begins."""
+  layer = avatar.mouth if stage.name == "mouth" else avatar.face
+  zero = lambda: jnp.zeros((), jnp.int32)  # not weakly typed: resumed, the same programs serve
+  return State(
+    avatar=avatar, opt=_no_moments(optimizer.trainable(avatar, stage)),
+    stats=densify.no_stats(layer.alive.shape[0]), step=zero(), skipped=zero())
 
 
 class Material(flax.struct.PyTreeNode):

@@ -1,6 +1,7 @@
 """Programs compiled ahead answer as those compiled when called, and only where they fit."""
 
 import functools
+import sys
 import threading
 
 import jax
@@ -96,3 +97,31 @@ def test_time_spent_waiting_for_programs_is_told():
     once = programs.waited_s
     programs(Call(raised, dict(power=7), (jnp.ones(5), shift)))
     assert 0 < once == programs.waited_s
+
+
+def test_a_program_that_nobody_foresaw_is_lowered_before_others_are_looked_for():
+  done = []
+
+  class Lowered:
+    def compile(self):
+      done.append("compile")
+      return lambda x: x + 1
+
+  class Slow:
+    def lower(self, x):
+      done.append("lower")
+      return Lowered()
+
+  with Ahead() as programs:
+    call, meanwhile = Call(Slow(), {}, (jnp.ones(()),)), lambda: done.append("meanwhile")
+    assert programs(call, meanwhile) == programs(call, meanwhile) == 2
+  assert done == ["lower", "meanwhile", "compile", "meanwhile"]
+
+
+def test_threads_take_short_turns_while_programs_are_compiled_ahead():
+  usual = sys.getswitchinterval()
+  with Ahead():
+    assert sys.getswitchinterval() < usual / 10
+  assert sys.getswitchinterval() == pytest.approx(usual)
+  with Ahead(active=False):
+    assert sys.getswitchinterval() == pytest.approx(usual)

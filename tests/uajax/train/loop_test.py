@@ -21,7 +21,8 @@ from tests.uajax.lpips_test import made_up_lpips
 from uajax import config, runs
 from uajax.data import folder, loader
 from uajax.errors import Stopped, UserError
-from uajax.train import ahead, bench, loop, slots
+from uajax.train import ahead, bench, loop, outlook, slots
+from uajax.train.step import enter
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -173,7 +174,7 @@ def test_slots_that_nothing_lives_in_are_given_up():
   whole = bench.dummy(tiny, 300, 100)
   alive = jnp.arange(512) % 7 == 0  # 74 of 512
   whole = whole.replace(face=whole.face.replace(alive=alive & whole.face.alive))
-  state = loop._enter(tiny.face, whole)
+  state = enter(tiny.face, whole)
   mu = jax.tree.map(lambda leaf: jnp.arange(float(leaf.size)).reshape(leaf.shape),
                     state.opt["splats"])
   fitted = slots.give_up_spare(tiny.face, state.replace(opt=state.opt | {"splats": mu}))
@@ -259,7 +260,7 @@ def test_a_second_signal_kills_at_once():
 
 def glitch(monkeypatch, total: int):
   """Once, at that step, four steps have had no finite gradient."""
-  run_steps, left = loop.run_steps, [1]
+  run_steps, left = outlook.run_steps, [1]
 
   def glitches(*arrays, **settings):
     state, sums = run_steps(*arrays, **settings)
@@ -269,7 +270,7 @@ def glitch(monkeypatch, total: int):
     return state, sums
 
   monkeypatch.setattr(loop, "GIVE_UP_AFTER", 4)
-  monkeypatch.setattr(loop, "run_steps", glitches)
+  monkeypatch.setattr(outlook, "run_steps", glitches)
 
 
 def test_training_that_diverges_goes_back_once_with_other_random_numbers(

@@ -1,0 +1,150 @@
+"""The programs that a stage calls, and those that follow: what is compiled while the device trains.
+
+A program is one for its shapes. How many slots a layer will have is known when its splats no longer
+come and go in numbers; until then nothing is compiled that would depend on it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from uajax.avatar import Avatar
+from uajax.config import Experiment, Stage
+from uajax.train import slots
+from uajax.train.ahead import Ahead, Call
+from uajax.train.step import (
+  Chunk,
+  Material,
+  State,
+  enter,
+  grow_and_prune,
+  is_perceptual,
+  mesh_of,
+  phase_of,
+  run_steps,
+  turning_points,
+)
+
+STEADY = 0.1  # share of the splats by which they may change between two looks
+
+
+class Given(NamedTuple):
+  """What a program of steps is given; or the shapes of it."""
+
+  state: State
+  sums: dict
+  count: Int[Array, ""]  # steps
+  material: Material
+  chunk: Chunk
+  key: Any
+
+
+class Outlook:
+  """The programs of one stage and of those after it."""
+
+  def __init__(self, experiment: Experiment, number: int, perceptual,
+               drawing: Callable[[Avatar], Call]):
+    """
+    Args:
+      number: of the stage.
+      perceptual: LPIPS parameters, or None.
+      drawing: the program that shows an avatar.
+    """
+    self._experiment, self._number = experiment, number
+    self._stage = experiment.stages()[number]
+    self._perceptual, self._drawing = perceptual, drawing
+    self._used: int | None = None  # slots, at the last look
+
+  def steps(self, step: int, capacity: int | None, given: Given) -> Call:
+    """The program that trains from a step on."""
+    return self._steps(self._stage, step, capacity, given)
+
+  def growth(self, given: Given) -> Call:
+    """The program by which splats are born and die."""
+    return self._growth(self._stage, given)
+
+  def prepare(self, programs: Ahead, step: int, capacity: int | None, given: Given) -> None:
+    """Has what follows a step compiled."""
+    if not programs.active:
+      return
+    stage, state = self._stage, given.state
+    later = [point for point in turning_points(stage) if point > step]
+    fewer = growing = None
+    steady = True
+    if stage.name != "fuse":
+      fewer = slots.wanted(stage, state)
+      rising, steady = self._trend(step, state)
+      growing = rising and step < stage.densify.until and slots.is_filling(stage, state)
+    held = tuple(len(layer.alive) for layer in (state.avatar.face, state.avatar.mouth))
+    programs.prepare(self._following(step, later, capacity, given, fewer, growing, steady),
+                     about=(self._number, len(later), held, fewer, growing, steady, capacity))
+
+  def _trend(self, step: int, state: State) -> tuple[bool, bool]:
+    """Whether splats become more, and whether their number says how many there will be."""
+    layer = getattr(state.avatar, self._stage.name)
+    used, before = int(layer.alive.sum()), self._used
+    self._used = used
+    if step <= self._stage.densify.start:
+      return False, False
+    if before is None:  # the first look of a resumed run
+      return True, True
+    return used > before, abs(used - before) <= STEADY * before
+
+  def _following(self, step: int, later: list[int], capacity: int | None, given: Given,
+                 fewer: int | None, growing: bool | None, steady: bool) -> Iterator[Call]:
+    """The programs to come, in order."""
+    experiment, stage, number = self._experiment, self._stage, self._number
+    if fewer is not None:
+      yield self._growth(stage, given)
+    if growing:
+      grown = given._replace(state=self._shapes(functools.partial(slots.grow, stage), given.state))
+      yield self._steps(stage, step, capacity, grown)
+      yield self._growth(stage, grown)
+    if not steady:
+      return
+    yield self._drawing(given.state.avatar)
+    if fewer is not None:
+      fit = functools.partial(slots.keep, stage, fewer)
+      given = given._replace(state=self._shapes(fit, given.state))
+    while True:
+      turns = [self._steps(stage, point, capacity, given)
+               for point in later if point < stage.steps]
+      yield from turns[:1]
+      yield self._drawing(given.state.avatar)
+      yield from turns[1:]
+      number += 1
+      if number == len(experiment.stages()):
+        return
+      stage = experiment.stages()[number]
+      later = [0, *turning_points(stage)]
+      given = given._replace(
+        state=self._shapes(functools.partial(enter, stage), given.state.avatar))
+      if stage.name == "fuse":  # it alone looks at what is behind the head
+        pictures = given.chunk.pictures
+        given = given._replace(chunk=given.chunk.replace(
+          pictures=pictures._replace(background=pictures.image)))
+      else:
+        yield self._growth(stage, given)
+
+  def _steps(self, stage: Stage, step: int, capacity: int | None, given: Given) -> Call:
+    state, sums, count, material, chunk, key = given
+    weights = self._perceptual if is_perceptual(stage, step) else None
+    static = dict(experiment=self._experiment, stage=stage, phase=phase_of(stage, step),
+                  capacity=capacity, mesh=mesh_of(self._experiment))
+    return Call(run_steps, static, (state, sums, count, material, chunk, weights, key))
+
+  def _growth(self, stage: Stage, given: Given) -> Call:
+    static = dict(experiment=self._experiment, stage=stage)
+    return Call(grow_and_prune, static, (given.state, given.material, given.key))
+
+  def _shapes(self, function, tree):
+    """Of what a function of shapes would return, spread over the devices that train."""
+    mesh = mesh_of(self._experiment)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere, weak_type=x.weak_type),
+      jax.eval_shape(function, tree))
