@@ -32,7 +32,8 @@ from uajax.types import Clip, Controls, Speech
 SECONDS = 12
 SIZE_PX = 128
 CORPUS, CORPUS_S = 100, 1.8  # utterances of the same voice, sound only, for the speech networks
-# An avatar that shows what it feels shows what is heard amiss, too.
+# An avatar that shows what it feels shows what is heard amiss, too: in 30 new utterances 0.80 of
+# the windows are heard right; after half of these steps, on 60 utterances, 0.59.
 SPEECH = dataclasses.replace(extract.SMALL, distill=dataclasses.replace(
   extract.SMALL.distill, fit=dataclasses.replace(extract.SMALL.distill.fit, steps=400)))
 SHEET = 6  # frames on the contact sheet

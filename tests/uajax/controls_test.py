@@ -14,29 +14,40 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation
 
-from uajax import config, media, runs, synthesize
+from uajax import config, demo, media, runs, synthesize
 from uajax.data import folder, synthetic
 from uajax.emotion import control
 from uajax.priors import extract
 from uajax.train import loop
-from uajax.types import ACTION_UNITS, Clip, Controls
+from uajax.types import ACTION_UNITS, FPS, Clip, Controls
 
 pytestmark = pytest.mark.slow
 
 PERSON = synthetic.Person(seed=0, size_px=96)
 SEED = 0
+# Emotion, its strength, seconds, action units. What is felt is heard in windows of a second, which
+# it must outlast. Units come alone, and as an emotion has them but without it: else they explain
+# all that it does. What changes few pixels is shown for longer.
 ACTS = (
-  ("neutral", 1, {}), ("happy", 1, {}), ("neutral", 1, {"AU01": 4}), ("angry", 1, {}),
-  ("neutral", 1, {"AU04": 4}), ("sad", 1, {}), ("neutral", 1, {"AU45": 2}), ("surprised", 1, {}),
-  ("neutral", 1, {"AU07": 4}), ("happy", 0.5, {"AU04": 3}), ("neutral", 1, {"AU05": 4}),
-  ("angry", 0.5, {"AU01": 3}), ("neutral", 1, {"AU06": 4}), ("sad", 0.5, {"AU45": 2}),
-  ("surprised", 0.5, {"AU04": 4}), ("happy", 1, {"AU45": 2}), ("neutral", 1, {}),
+  ("neutral", 1, 1.2, {}),
+  ("happy", 1, 1.6, {}), ("neutral", 1, 0.8, {"AU01": 4}),
+  ("angry", 1, 1.6, {}), ("neutral", 1, 2.0, {"AU05": 4}),
+  ("sad", 1, 1.6, {}), ("neutral", 1, 2.0, {"AU06": 4}),
+  ("surprised", 1, 1.6, {}), ("neutral", 1, 2.0, {"AU07": 4}),
+  ("happy", 0.5, 1.6, {"AU05": 4}), ("neutral", 1, 0.8, {"AU04": 4}),
+  ("angry", 0.5, 1.6, {"AU06": 4}), ("neutral", 1, 1.2, {"AU45": 2}),
+  ("sad", 0.5, 1.6, {"AU45": 2}), ("neutral", 1, 1.2, {"AU01": 3.4, "AU05": 3.8}),
+  ("surprised", 0.5, 1.6, {"AU06": 4}), ("neutral", 1, 1.2, {"AU04": 4.4, "AU07": 3.2}),
+  ("neutral", 1, 1.2, {"AU01": 3.6, "AU04": 1.8}), ("happy", 1, 1.2, {}), ("neutral", 1, 1.2, {}),
 )  # fmt: skip
-SCRIPT = tuple(synthetic.Line("", 100 + i, emotion, intensity, 0.8, tuple(units.items()))
-               for i, (emotion, intensity, units) in enumerate(ACTS))
-# What each emotion does that is no action unit of the network: the distilled feature must bring it.
-FELT = {"happy": {"AU12": 4.2}, "sad": {"AU15": 3.8}, "angry": {"AU23": 3.2},
-        "surprised": {"AU02": 4.2}}
+SCRIPT = tuple(synthetic.Line("", 100 + i, emotion, intensity, seconds, tuple(units.items()))
+               for i, (emotion, intensity, seconds, units) in enumerate(ACTS))
+# What each emotion does that is no action unit of the network, which the distilled feature must
+# bring, and the units that come with it. Only together are they ever seen.
+FELT = {"happy": ({"AU12": 4.2}, {"AU06": 3.2, "AU07": 0.8}),
+        "sad": ({"AU15": 3.8}, {"AU01": 3.6, "AU04": 1.8, "AU07": 0.6}),
+        "angry": ({"AU23": 3.2}, {"AU04": 4.4, "AU05": 0.6, "AU07": 3.2}),
+        "surprised": ({"AU02": 4.2}, {"AU01": 3.4, "AU05": 3.8})}
 CALM: dict[str, float] = dict.fromkeys(ACTION_UNITS, 0.0)
 NOTICED = 6  # of 255: what changes by less is not called changed
 AROUND_PX = 3  # splats are no pixels
@@ -58,15 +69,12 @@ def teach(path) -> Taught:
   if not subject.exists():
     synthetic.make(subject, PERSON, seed=SEED, script=SCRIPT)
 
-  def corpus():
-    for wav, label, intensity, expression in synthetic.corpus(2, 40, 1.8, person=PERSON):
-      yield wav, expression, synthetic.EMOTIONS[label], intensity
-
-  extractors = extract.train(subject, extract.SMALL, corpus=corpus)
+  extractors = extract.train(subject, demo.SPEECH, corpus=lambda: demo.corpus(PERSON, 2))
   run = loop.train(subject, path / "run", experiment())
   clip = folder.read(subject, "train")
-  neutral = [i for i, (emotion, _, _) in enumerate(ACTS[:-2]) if emotion == "neutral"]
-  rows = np.array([20 * i + 10 for i in neutral])
+  seconds = np.array([line.seconds for line in SCRIPT])
+  middles = ((np.cumsum(seconds) - seconds / 2) * FPS).astype(int)
+  rows = middles[[line.emotion == "neutral" for line in SCRIPT] & (middles < len(clip.ids))]
   return Taught(run, extractors, synthetic.perform(PERSON, SCRIPT, SEED), clip, rows)
 
 
@@ -74,7 +82,7 @@ def experiment() -> config.Experiment:
   """The demo's, in fewer steps."""
   small = config.demo()
   return dataclasses.replace(
-    small, mouth=config.shorten(small.mouth, 200), face=config.shorten(small.face, 2_000),
+    small, mouth=config.shorten(small.mouth, 200), face=config.shorten(small.face, 3_000),
     fuse=config.shorten(small.fuse, 50), picture_every=100_000, save_every=100_000)
 
 
@@ -134,18 +142,20 @@ def compare(change: np.ndarray, truth: np.ndarray) -> Response:
     float(np.abs(change[where]).mean()), float(np.abs(change[~around]).mean()))
 
 
-# Of the truth's change the avatar shows 0.24 (AU05), 0.01 (AU06) and 0.41 (AU07).
+# Of the truth's change the avatar shows 0.04 to 0.38 (AU05), 0.01 to 0.40 (AU06) and 0.21 to 0.43
+# (AU07), in films with less and more of them.
 MISSED = pytest.mark.xfail(reason="so short a training misses what changes few pixels")
-# What it feels does not reach its face at all: the modality that hears action units has won.
-UNFELT = pytest.mark.xfail(reason="the emotion lost to the other modalities early in training")
+# 0.004 of it. In frames where the person is angry, 0.38 is there.
+TIGHT = pytest.mark.xfail(
+  strict=True, reason="tight lips change 66 pixels by 13 of 255, what the avatar is wrong by there")
 
 
 @pytest.mark.parametrize("unit, value", [
   ("AU01", 4.0), ("AU04", 4.0), pytest.param("AU05", 4.0, marks=MISSED),
   pytest.param("AU06", 4.0, marks=MISSED), pytest.param("AU07", 4.0, marks=MISSED), ("AU45", 2.0)])
 def test_an_action_unit_moves_what_it_names(taught, unit, value):
-  found = compare(drawn(taught, {unit: value}) - drawn(taught, {unit: 0.0}),
-                  filmed(taught, {unit: value}) - filmed(taught, {unit: 0.0}))
+  found = compare(drawn(taught, CALM | {unit: value}) - drawn(taught, CALM),
+                  filmed(taught, CALM | {unit: value}) - filmed(taught, CALM))
   print(unit, found)
   assert found.share > 0.5 and found.correlation > 0.5
   assert found.outside < 0.1 * found.inside
@@ -153,28 +163,28 @@ def test_an_action_unit_moves_what_it_names(taught, unit, value):
 
 @pytest.mark.parametrize("unit, value", [("AU01", 4.0), ("AU45", 2.0)])
 def test_half_of_an_action_unit_moves_less_than_all_of_it(taught, unit, value):
-  truth = filmed(taught, {unit: value}) - filmed(taught, {unit: 0.0})
-  still = drawn(taught, {unit: 0.0})
-  shares = [compare(drawn(taught, {unit: x * value}) - still, truth).share
+  truth = filmed(taught, CALM | {unit: value}) - filmed(taught, CALM)
+  still = drawn(taught, CALM)
+  shares = [compare(drawn(taught, CALM | {unit: x * value}) - still, truth).share
             for x in (0.25, 0.5, 0.75, 1)]
   print(unit, shares)
   assert (np.diff([0.0, *shares]) > 0).all()
 
 
-@UNFELT
-@pytest.mark.parametrize("name", FELT)
+@pytest.mark.parametrize("name", ["happy", "sad", pytest.param("angry", marks=TIGHT), "surprised"])
 def test_a_named_emotion_shows_the_more_the_stronger_it_is(taught, name):
-  truth = filmed(taught, FELT[name]) - filmed(taught, dict.fromkeys(FELT[name], 0.0))
+  brought, units = FELT[name]
+  units = CALM | units
+  truth = filmed(taught, units | brought) - filmed(taught, units)
   feel = lambda label, intensity: control.resolve(taught.extractors, label, intensity)
-  neutral = drawn(taught, CALM, feel("neutral", 1.0))
-  found = [compare(drawn(taught, CALM, feel(name, x)) - neutral, truth)
+  neutral = drawn(taught, units, feel("neutral", 1.0))
+  found = [compare(drawn(taught, units, feel(name, x)) - neutral, truth)
            for x in (0.25, 0.5, 0.75, 1)]
   print(name, found)
   assert (np.diff([0.0] + [one.share for one in found]) > 0).all(), "monotone"
   assert found[-1].share > 0.3 and found[-1].correlation > 0.3
 
 
-@UNFELT
 def test_a_reference_recording_makes_the_avatar_feel_what_it_holds(taught, tmp_path):
   truth = filmed(taught, {"AU12": 4.2}) - filmed(taught, {"AU12": 0.0})
   neutral = drawn(taught, CALM, control.resolve(taught.extractors, "neutral", 1.0))
