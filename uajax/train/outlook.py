@@ -1,7 +1,8 @@
 """The programs that a stage calls, and those that follow: what is compiled while the device trains.
 
 A program is one for its shapes. How many slots a layer will have is known when its splats no longer
-come and go in numbers; until then nothing is compiled that would depend on it.
+come and go in numbers; until then nothing is compiled that would depend on it, unless the slots
+have room for growth and are not too many.
 """
 
 import functools
@@ -74,14 +75,15 @@ class Outlook:
     stage, state = self._stage, given.state
     later = [point for point in turning_points(stage) if point > step]
     fewer = growing = None
-    steady = True
+    known = True
     if stage.name != "fuse":
       fewer = slots.wanted(stage, state)
       rising, steady = self._trend(step, state)
       growing = rising and step < stage.densify.until and slots.is_filling(stage, state)
+      known = steady or slots.fit(stage, state)
     held = tuple(len(layer.alive) for layer in (state.avatar.face, state.avatar.mouth))
-    programs.prepare(self._following(step, later, capacity, given, fewer, growing, steady),
-                     about=(self._number, len(later), held, fewer, growing, steady, capacity))
+    programs.prepare(self._following(step, later, capacity, given, fewer, growing, known),
+                     about=(self._number, len(later), held, fewer, growing, known, capacity))
 
   def _trend(self, step: int, state: State) -> tuple[bool, bool]:
     """Whether splats become more, and whether their number says how many there will be."""
@@ -95,7 +97,7 @@ class Outlook:
     return used > before, abs(used - before) <= STEADY * before
 
   def _following(self, step: int, later: list[int], capacity: int | None, given: Given,
-                 fewer: int | None, growing: bool | None, steady: bool) -> Iterator[Call]:
+                 fewer: int | None, growing: bool | None, known: bool) -> Iterator[Call]:
     """The programs to come, in order."""
     experiment, stage, number = self._experiment, self._stage, self._number
     if fewer is not None:
@@ -104,7 +106,7 @@ class Outlook:
       grown = given._replace(state=self._shapes(functools.partial(slots.grow, stage), given.state))
       yield self._steps(stage, step, capacity, grown)
       yield self._growth(stage, grown)
-    if not steady:
+    if not known:
       return
     yield self._drawing(given.state.avatar)
     if fewer is not None:

@@ -46,6 +46,12 @@ def _larger(stage: Stage, slots: int) -> int:
   return min(slots * 3 // 2 if doubled else slots * 4 // 3, stage.densify.max_slots)
 
 
+def fit(stage: Stage, state: State) -> bool:
+  """Whether there is room for as many splats again, and no slots to give up."""
+  alive = getattr(state.avatar, stage.name).alive
+  return 2 * int(alive.sum()) <= alive.shape[0] == wanted(stage, state)
+
+
 def give_up_spare(stage: Stage, state: State) -> State:
   """As many slots as are wanted; asked only where another program takes over anyway."""
   fewer = wanted(stage, state)

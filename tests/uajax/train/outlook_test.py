@@ -78,5 +78,10 @@ def test_while_slots_fill_more_of_them_are_foreseen_and_nothing_beyond():
   assert many == [("face", "static", 768)]
 
 
+def test_slots_with_room_to_grow_are_expected_to_stay():
+  fitting, sparse = looks(experiment(), 1, (250, 150), 0)
+  assert fitting == FACE[1:] + FUSE and sparse == []
+
+
 def test_the_last_stage_has_no_growth():
   assert next(looks(experiment(), 2, (400,), 0)) == FUSE[1:]
