@@ -331,7 +331,7 @@ def person(tmp_path_factory):
   path = tmp_path_factory.mktemp("person")
   subject_folder.make(path / "subject")
   run = tiny_run.make(path / "run", path / "subject")
-  blob = tiny_run.avatar(splats=400)
+  blob = tiny_run.avatar(1, splats=400)  # whose emotions look apart
   splats = blob.face.splats
   blob = tiny_run.with_splats(
     blob, means=1.3 * splats.means, raw_scales=0 * splats.raw_scales - 5.2,
@@ -429,6 +429,8 @@ def test_in_a_browser(browser, person, tmp_path):
     assert skin(one.canvas()).mean() < 0.05
     one.choose("Show", "picture")
 
+    one.choose("Emotion", "as heard")  # moves splats less far
+    one.choose("Layers", "face")  # the browser sorts both layers together
     one.choose("Camera", "free: drag to turn")
     one.page.wait_for_timeout(500)
     one.wait("splats drawn")
