@@ -48,10 +48,11 @@ class Gate(nn.Module):
   hidden: int
   features: int
   positive: bool = False  # start with no output below zero
+  ajar: float = 0.0  # share of the gradient that reaches a hidden unit that is shut
 
   @nn.compact
   def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-    x = nn.relu(Linear(self.hidden, use_bias=False, name="first")(x))
+    x = _ajar(Linear(self.hidden, use_bias=False, name="first")(x), self.ajar)
     return Linear(self.features, use_bias=False, positive=self.positive, name="second")(x)
 
 
@@ -79,7 +80,8 @@ class FaceMotion(nn.Module):
     self.audio, self.audio_attention = AudioNet(take.audio_code), AudioAttention()
     # A ReLU follows the eye's gate: what began below zero everywhere would never learn, and the
     # avatar never blink.
-    self.audio_channels, self.eye_attention = Gate(32, take.audio_code), Gate(16, 6, positive=True)
+    self.audio_channels = Gate(32, take.audio_code)
+    self.eye_attention = Gate(16, 6, positive=True, ajar=take.ajar)
     self.expression = Gate(16, 5)
     if "emotion" in take.modalities:
       self.emotion = EmotionEncoder(take.emotion_planes)
@@ -252,7 +254,8 @@ def _ajar(x: Float[Array, "*n c"], share: float) -> Float[Array, "*n c"]:
   """ReLU, whose gradient below zero is small, not zero: what is shut can open again.
 
   With the ReLU's own (official) the attention's penalties shut one splat after the other for good,
-  until next to none is left that an action unit could move.
+  until next to none is left that an action unit could move; and of the hidden units, which rise and
+  fall together where planes begin much alike, all but one in a bad case.
   """
   leaky = nn.leaky_relu(x, share)
   return leaky + jax.lax.stop_gradient(nn.relu(x) - leaky)

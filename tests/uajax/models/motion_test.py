@@ -244,3 +244,14 @@ def test_a_gate_that_shut_lets_nothing_through_and_opens_again():
   np.testing.assert_array_equal(motion._ajar(shut, 0.1), [0.0, 0.5])
   pull = jax.grad(lambda x: motion._ajar(x, 0.1).sum())(shut)
   assert 0 < pull[0] < pull[1] == 1
+
+
+@pytest.mark.parametrize("ajar", [0.0, 0.1])
+def test_hidden_units_of_a_gate_that_shut_open_again(ajar):
+  """As the above: of the eye gate's 16 one was left, and no lid moved."""
+  gate, where = motion.Gate(3, 2, ajar=ajar), jnp.ones((5, 4))
+  params = {"first": {"kernel": -jnp.ones((4, 3))}, "second": {"kernel": jnp.ones((3, 2))}}
+  answer, back = jax.vjp(lambda params: gate.apply({"params": params}, where), params)
+  assert not answer.any()
+  pull, = back(jnp.ones_like(answer))
+  assert (pull["first"]["kernel"] > 0).all() == (ajar > 0)
