@@ -50,6 +50,7 @@ def test_agrees_with_the_dense_definition_however_sure_the_members_are(noise, me
     assert relative(a, b) <= 2e-6, (name, relative(a, b))
 
 
+@pytest.mark.slow
 def test_traces_are_differentiable():
   means, log_vars = beliefs(members=4, splats=8, latent=16)
   with jax.enable_x64(True):

@@ -30,6 +30,7 @@ def energy(splats, viewmats, Ks, capacity=CAPACITY, **rest):
   return sum(jnp.sum(x**2) for x in (out.color, out.depth, out.features)), out
 
 
+@pytest.mark.slow
 def test_checkpoint_changes_nothing():
   splats, rest = split(scene(CASES["sharp"]))
   viewmats, Ks = rest.pop("viewmats"), rest.pop("Ks")
@@ -41,7 +42,8 @@ def test_checkpoint_changes_nothing():
 
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="one device: nothing to spread over")
-@pytest.mark.parametrize("implementation", ("reference", "xla"))
+@pytest.mark.parametrize(
+  "implementation", (pytest.param("reference", marks=pytest.mark.slow), "xla"))
 def test_cameras_spread_over_devices(implementation):
   splats, rest = split(scene(CASES["sharp"]) | dict(implementation=implementation))
   viewmats, Ks = np.tile(rest.pop("viewmats"), (4, 1, 1)), np.tile(rest.pop("Ks"), (4, 1, 1))
@@ -98,6 +100,7 @@ def test_the_principal_point_may_lie_anywhere(extent):
     np.testing.assert_allclose(got[0, 16:60, 32:82], want[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_4k_picture_shows_what_its_window_shows():
   inputs = scene(CASES["sharp"]) | dict(capacity=2**15)
   inputs["Ks"] = inputs["Ks"] * np.array([2, 2, 1], np.float32)[None, :, None]  # 100 px large
