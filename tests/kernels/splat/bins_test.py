@@ -106,7 +106,7 @@ def test_sums_by_splat_are_sums(capacity):
       np.testing.assert_allclose(total, expected[:, :width], atol=1e-5)
 
 
-@pytest.mark.parametrize("fan", (8, 32))
+@pytest.mark.parametrize("fan", (pytest.param(8, marks=pytest.mark.slow), 32))
 def test_the_longest_runs_are_summed(fan):
   lengths = np.array([0, 1, 16, 17, 0, 300, 1500, 33, 0])
   ends = jnp.asarray(lengths.cumsum(), jnp.int32)
