@@ -122,6 +122,7 @@ def test_what_is_known_of_the_places_or_not_asked_for_changes_no_picture(avatar,
   assert np.abs(whole.uncertainty).max() > 0 == np.abs(bare.uncertainty).max()
 
 
+@pytest.mark.slow
 def test_drawing_compiles_for_many_frames_at_once(avatar, controls, camera):
   background = jnp.zeros((HEIGHT, WIDTH, 3))
   many = jax.tree.map(lambda x: jnp.stack([x, x]), controls)

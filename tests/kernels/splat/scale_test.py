@@ -41,9 +41,9 @@ def test_checkpoint_changes_nothing():
   chex.assert_trees_all_close(*slope, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="one device: nothing to spread over")
-@pytest.mark.parametrize(
-  "implementation", (pytest.param("reference", marks=pytest.mark.slow), "xla"))
+@pytest.mark.parametrize("implementation", ("reference", "xla"))
 def test_cameras_spread_over_devices(implementation):
   splats, rest = split(scene(CASES["sharp"]) | dict(implementation=implementation))
   viewmats, Ks = np.tile(rest.pop("viewmats"), (4, 1, 1)), np.tile(rest.pop("Ks"), (4, 1, 1))
