@@ -77,19 +77,19 @@ class Outlook:
     fewer = growing = None
     known = True
     if stage.name != "fuse":
-      fewer = slots.wanted(stage, state)
-      rising, steady = self._trend(step, state)
-      growing = rising and step < stage.densify.until and slots.is_filling(stage, state)
-      known = steady or slots.fit(stage, state)
+      alive = getattr(state.avatar, stage.name).alive
+      there, used = len(alive), int(alive.sum())
+      fewer = slots.wanted(there, used)
+      rising, steady = self._trend(step, used)
+      growing = rising and step < stage.densify.until and slots.are_filling(stage, there, used)
+      known = steady or slots.are_ample(there, used)
     held = tuple(len(layer.alive) for layer in (state.avatar.face, state.avatar.mouth))
     programs.prepare(self._following(step, later, capacity, given, fewer, growing, known),
                      about=(self._number, len(later), held, fewer, growing, known, capacity))
 
-  def _trend(self, step: int, state: State) -> tuple[bool, bool]:
+  def _trend(self, step: int, used: int) -> tuple[bool, bool]:
     """Whether splats become more, and whether their number says how many there will be."""
-    layer = getattr(state.avatar, self._stage.name)
-    used, before = int(layer.alive.sum()), self._used
-    self._used = used
+    before, self._used = self._used, used
     if step <= self._stage.densify.start:
       return False, False
     if before is None:  # the first look of a resumed run

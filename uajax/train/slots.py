@@ -33,11 +33,9 @@ def grow(stage: Stage, state: State) -> State:
     stats=densify.no_stats(more))
 
 
-def is_filling(stage: Stage, state: State) -> bool:
+def are_filling(stage: Stage, slots: int, used: int) -> bool:
   """Whether there will be more slots before long, if growth goes on."""
-  alive = getattr(state.avatar, stage.name).alive
-  slots = alive.shape[0]
-  return _larger(stage, slots) > slots and int(alive.sum()) > FILLING * slots
+  return _larger(stage, slots) > slots and used > FILLING * slots
 
 
 def _larger(stage: Stage, slots: int) -> int:
@@ -46,26 +44,23 @@ def _larger(stage: Stage, slots: int) -> int:
   return min(slots * 3 // 2 if doubled else slots * 4 // 3, stage.densify.max_slots)
 
 
-def fit(stage: Stage, state: State) -> bool:
+def are_ample(slots: int, used: int) -> bool:
   """Whether there is room for as many splats again, and no slots to give up."""
-  alive = getattr(state.avatar, stage.name).alive
-  return 2 * int(alive.sum()) <= alive.shape[0] == wanted(stage, state)
+  return 2 * used <= slots == wanted(slots, used)
 
 
 def give_up_spare(stage: Stage, state: State) -> State:
   """As many slots as are wanted; asked only where another program takes over anyway."""
-  fewer = wanted(stage, state)
-  layer = getattr(state.avatar, stage.name)
-  return state if fewer == layer.alive.shape[0] else keep(stage, fewer, state)
+  alive = getattr(state.avatar, stage.name).alive
+  fewer = wanted(len(alive), int(alive.sum()))
+  return state if fewer == len(alive) else keep(stage, fewer, state)
 
 
-def wanted(stage: Stage, state: State) -> int:
+def wanted(slots: int, used: int) -> int:
   """Half the slots, and half of those, while that leaves half as many again as are used.
 
   A step costs what its slots cost.
   """
-  layer = getattr(state.avatar, stage.name)
-  slots, used = layer.alive.shape[0], int(layer.alive.sum())
   while slots % (2 * FEWEST) == 0 and slots >= 3 * used:
     slots //= 2
   return slots
