@@ -11,6 +11,7 @@ Axes: f frames, h w pixels, n splats.
 """
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -221,10 +222,10 @@ def with_noise(wav: Float[np.ndarray, " s"], noise: Float[np.ndarray, " s"], snr
 def doubt(avatar: Avatar, places: Places, controls: Controls) -> dict[str, Float[Array, ""]]:
   """The trace of each modality's covariance, aleatoric and epistemic, over the living splats."""
   take, layer = avatar.config, avatar.face
-  inputs: Any = FaceMotion(take).apply(
-    {"params": layer.motion}, places, controls, method="modalities")
-  strange: Any = FaceMotion(take).apply(
-    {"params": layer.motion}, controls, method="strangeness")
+  ask = functools.partial(FaceMotion(take).apply, {"params": layer.motion})
+  heard = ask(controls, method="code")
+  inputs: Any = ask(places, controls, heard, method="modalities")
+  strange: Any = ask(heard, method="strangeness")
   answers: Any = Ensembles(take).apply(
     {"params": layer.motion["fusion"]["ensembles"]}, inputs, None)
   found = {}

@@ -1,5 +1,7 @@
 """Whether figures about the uncertainty say what they claim to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +66,9 @@ def test_noise_makes_speech_strange_to_ears_that_were_taught_without_it():
       audio, *(np.zeros((100, n), np.float32) for n in (len(ACTION_UNITS), 64, 64, 128)))))
 
   avatar = acquaint(tiny_run.avatar(), heard(wav))
-  ask = jax.jit(jax.vmap(lambda controls: FaceMotion(avatar.config).apply(
-    {"params": avatar.face.motion}, controls, method="strangeness")))
+  network = functools.partial(FaceMotion(avatar.config).apply, {"params": avatar.face.motion})
+  ask = jax.jit(jax.vmap(lambda controls: network(
+    network(controls, method="code"), method="strangeness")))
   strange = lambda sound: float(ask(heard(sound)).mean())
   noise = doubt.make_noise("white", len(wav), np.random.default_rng(0))
   rise = [strange(doubt.with_noise(wav, noise, snr_db)) for snr_db in doubt.SNRS_DB]

@@ -122,7 +122,8 @@ class FaceMotion(nn.Module):
     silent: Bool[Array, " 4"] | None = None,
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
-    modalities = self.modalities(places, controls)
+    heard = self.code(controls)
+    modalities = self.modalities(places, controls, heard)
     code, fused = self.fusion(
       modalities, places.where, _of(modalities, members), _of(modalities, silent))
     doubts = fused.aleatoric, fused.epistemic
@@ -130,7 +131,7 @@ class FaceMotion(nn.Module):
       # The head alone learns from the errors: variances that learn, too, rise where something is
       # seldom seen, and the modality that could show it loses its say.
       head = self.doubt_head(jax.lax.stop_gradient(code))[:, 0]
-      scale = self.strangeness(controls) * jnp.exp(_REACH * jnp.tanh(head / _REACH))
+      scale = self.strangeness(heard) * jnp.exp(_REACH * jnp.tanh(head / _REACH))
       doubts = tuple(scale * jax.lax.stop_gradient(trace) for trace in doubts)
     aleatoric, epistemic = doubts
     return types.Motion(
@@ -146,18 +147,18 @@ class FaceMotion(nn.Module):
     """What is heard at this frame."""
     return _hear(self, controls)
 
-  def strangeness(self, controls: types.Controls) -> Float[Array, ""]:
+  def strangeness(self, heard: Float[Array, " c"]) -> Float[Array, ""]:
     """The factor on every modality's covariance, 1 for sound such as the avatar was taught by.
 
     One sound feeds them all. Where all the covariances grow alike, so does that of their product,
     and its mean stays: what moves is not touched.
     """
-    return self.familiar(_hear(self, controls)) if self.config.calibrates else jnp.ones(())
+    return self.familiar(heard) if self.config.calibrates else jnp.ones(())
 
-  def modalities(self, places: Places, controls: types.Controls) -> dict[str, Modality]:
-    """What each of FACE_MODALITIES that the config names has to go by."""
+  def modalities(self, places: Places, controls: types.Controls, heard: Float[Array, " c"]
+                 ) -> dict[str, Modality]:
+    """What each of FACE_MODALITIES that the config names has to go by; `heard` is the `code`."""
     names = _named(self.config, FACE_MODALITIES)
-    heard = _hear(self, controls)
     face = self.expression(controls.action_units[:5])
     face = jnp.concatenate([face, self.config.blink_gain * controls.action_units[5:]])
     where, channels, eyes, felt = places
