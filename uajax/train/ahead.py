@@ -18,6 +18,11 @@ from typing import Any, NamedTuple
 import jax
 
 TURN_S = 2e-4  # of a thread, while another waits for the interpreter (Python's own: 5e-3)
+# XLA would try each matrix product in dozens of variants and each fusion in some, and compile all
+# of them, on the card that trains meanwhile: more than half of a program's compilation, for a few
+# per cent of a step's time.
+OPTIONS = {"gpu": {
+  "xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}}
 
 
 class Call(NamedTuple):
@@ -85,7 +90,7 @@ class Ahead:
     else:
       lowered = function.lower(*arrays, **static)
       meanwhile()
-      self._programs[key] = program = lowered.compile()
+      self._programs[key] = program = compiled(lowered)
       self.waited_s += time.monotonic() - begun
     if callable(program):
       return program(*arrays)
@@ -121,7 +126,21 @@ class Ahead:
   def _compile(self, call: Call):
     with self._lowering:
       lowered = call.function.lower(*call.arrays, **call.static)
-    return lowered.compile()
+    return compiled(lowered)
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """The program, compiled with OPTIONS, as far as this version of XLA knows them."""
+  options = dict(OPTIONS.get(jax.default_backend(), {}))
+  while options:
+    try:
+      return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      unknown = [name for name in options if name in str(error)]
+      if not unknown:
+        raise
+      options = {name: value for name, value in options.items() if name not in unknown}
+  return lowered.compile()
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

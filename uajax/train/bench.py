@@ -20,6 +20,7 @@ from kernels.splat.cases import Case, scene
 from uajax import avatar as avatars
 from uajax import config, types
 from uajax.train import densify, optimizer, step
+from uajax.train.ahead import compiled
 
 FRAMES = 8  # different frames that steps look at
 RUNS = 5
@@ -131,11 +132,11 @@ def time_steps(experiment: config.Experiment, avatar: avatars.Avatar, phase: str
     chunk = step.spread(chunk, mesh).replace(pictures=jax.device_put(chunk.pictures, shared))
   count = jnp.asarray(steps)
   begun = time.perf_counter()
-  compiled = step.run_steps.lower(
+  program = compiled(step.run_steps.lower(
     state, sums, count, material, chunk, None, key, experiment=experiment, stage=stage,
-    phase=kind, mesh=mesh).compile()
+    phase=kind, mesh=mesh))
   compile_s = time.perf_counter() - begun
-  use = compiled.memory_analysis()
+  use = program.memory_analysis()
   frames = sum(x.nbytes for x in jax.tree.leaves(chunk.pictures)) // (mesh.size if mesh else 1)
   peak = (use.temp_size_in_bytes + use.argument_size_in_bytes + use.output_size_in_bytes
           - use.alias_size_in_bytes - frames if use else float("nan"))
@@ -143,7 +144,7 @@ def time_steps(experiment: config.Experiment, avatar: avatars.Avatar, phase: str
   def run(state):
     # The same steps each time: schedules depend on their number.
     state = state.replace(step=step.spread(jnp.copy(number), mesh))  # it is donated
-    return jax.block_until_ready(compiled(
+    return jax.block_until_ready(program(
       state, sums, count, material, chunk, None, key))[0]
 
   state, times = run(state), []

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uajax.train import ahead
 from uajax.train.ahead import Ahead, Call
 
 
@@ -103,7 +104,7 @@ def test_a_program_that_nobody_foresaw_is_lowered_before_others_are_looked_for()
   done = []
 
   class Lowered:
-    def compile(self):
+    def compile(self, compiler_options=None):
       done.append("compile")
       return lambda x: x + 1
 
@@ -125,3 +126,34 @@ def test_threads_take_short_turns_while_programs_are_compiled_ahead():
   assert sys.getswitchinterval() == pytest.approx(usual)
   with Ahead(active=False):
     assert sys.getswitchinterval() == pytest.approx(usual)
+
+
+def test_options_that_this_compiler_does_not_know_are_left_out(monkeypatch):
+  known = {"xla_cpu_enable_fast_math": False}
+  options = known | {"xla_gpu_of_another_version": True}
+  monkeypatch.setattr(ahead, "OPTIONS", {"cpu": options})
+  given = []
+
+  class Lowered:
+    def __init__(self, lowered):
+      self._lowered = lowered
+
+    def compile(self, **options):
+      given.append(options.get("compiler_options"))
+      return self._lowered.compile(**options)
+
+  x, shift = jnp.arange(3.0), {"by": jnp.ones(())}
+  program = ahead.compiled(Lowered(raised.lower(x, shift, power=2)))  # pyright: ignore
+  np.testing.assert_array_equal(program(x, shift)["sum"], [1, 4, 9])
+  assert given == [options, known]
+
+
+def test_a_program_that_no_options_could_save_fails_as_ever(monkeypatch):
+  monkeypatch.setattr(ahead, "OPTIONS", {"cpu": {"xla_cpu_enable_fast_math": False}})
+
+  class Lowered:
+    def compile(self, **options):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+    ahead.compiled(Lowered())  # pyright: ignore
