@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 
 TURN_S = 2e-4  # of a thread, while another waits for the interpreter (Python's own: 5e-3)
-# XLA would try each matrix product in dozens of variants and each fusion in some, and compile all
-# of them, on the card that trains meanwhile: more than half of a program's compilation, for a few
-# per cent of a step's time.
-OPTIONS = {"gpu": {
+# Left alone, XLA tries each matrix product in dozens of variants and each fusion in some, compiles
+# all of them, and times them on the card that trains meanwhile. That is half of the compilation, and
+# saves a step 6 to 20 per cent of its time: only a program of many steps earns it back.
+UNTUNED = {"gpu": {
   "xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}}
 
 
@@ -31,6 +31,7 @@ class Call(NamedTuple):
   function: Any  # under `jax.jit`
   static: dict[str, Any]  # its static arguments, given by name
   arrays: tuple  # all others, or their shapes
+  long: bool = False  # whether it will run for minutes, so that tuning its program pays
 
 
 class Ahead:
@@ -75,7 +76,7 @@ class Ahead:
       meanwhile: done before the function is called: where its program is not at hand, while that is
         being compiled and the interpreter idle.
     """
-    function, static, arrays = call
+    function, static, arrays, _ = call
     key = _key(call)
     begun, known = time.monotonic(), key in self._programs
     program = self._programs.setdefault(key, None)
@@ -90,7 +91,7 @@ class Ahead:
     else:
       lowered = function.lower(*arrays, **static)
       meanwhile()
-      self._programs[key] = program = compiled(lowered)
+      self._programs[key] = program = compiled(lowered, tuned=call.long)
       self.waited_s += time.monotonic() - begun
     if callable(program):
       return program(*arrays)
@@ -126,12 +127,12 @@ class Ahead:
   def _compile(self, call: Call):
     with self._lowering:
       lowered = call.function.lower(*call.arrays, **call.static)
-    return compiled(lowered)
+    return compiled(lowered, tuned=call.long)
 
 
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """The program, compiled with OPTIONS, as far as this version of XLA knows them."""
-  options = dict(OPTIONS.get(jax.default_backend(), {}))
+def compiled(lowered: jax.stages.Lowered, *, tuned: bool = False) -> jax.stages.Compiled:
+  """The program; untuned as far as this version of XLA knows how to."""
+  options = {} if tuned else dict(UNTUNED.get(jax.default_backend(), {}))
   while options:
     try:
       return lowered.compile(compiler_options=options)

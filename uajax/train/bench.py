@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kernels.splat.cases import Case, scene
 from uajax import avatar as avatars
 from uajax import config, types
-from uajax.train import densify, optimizer, step
+from uajax.train import densify, optimizer, outlook, step
 from uajax.train.ahead import compiled
 
 FRAMES = 8  # different frames that steps look at
@@ -134,7 +134,7 @@ def time_steps(experiment: config.Experiment, avatar: avatars.Avatar, phase: str
   begun = time.perf_counter()
   program = compiled(step.run_steps.lower(
     state, sums, count, material, chunk, None, key, experiment=experiment, stage=stage,
-    phase=kind, mesh=mesh))
+    phase=kind, mesh=mesh), tuned=outlook.is_long(stage, first[phase]))
   compile_s = time.perf_counter() - begun
   use = program.memory_analysis()
   frames = sum(x.nbytes for x in jax.tree.leaves(chunk.pictures)) // (mesh.size if mesh else 1)

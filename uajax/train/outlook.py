@@ -31,6 +31,13 @@ from uajax.train.step import (
 )
 
 STEADY = 0.1  # share of the splats by which they may change between two looks
+LONG = 20_000  # steps of one program that make it worth tuning
+
+
+def is_long(stage: Stage, step: int) -> bool:
+  """Whether the program of a step serves for so many that tuning it pays."""
+  turns = (0, *turning_points(stage))
+  return min(p for p in turns if p > step) - max(p for p in turns if p <= step) >= LONG
 
 
 class Given(NamedTuple):
@@ -137,7 +144,8 @@ class Outlook:
     weights = self._perceptual if is_perceptual(stage, step) else None
     static = dict(experiment=self._experiment, stage=stage, phase=phase_of(stage, step),
                   capacity=capacity, mesh=mesh_of(self._experiment))
-    return Call(run_steps, static, (state, sums, count, material, chunk, weights, key))
+    return Call(run_steps, static, (state, sums, count, material, chunk, weights, key),
+                long=is_long(stage, step))
 
   def _growth(self, stage: Stage, given: Given) -> Call:
     static = dict(experiment=self._experiment, stage=stage)

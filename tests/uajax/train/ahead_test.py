@@ -131,7 +131,7 @@ def test_threads_take_short_turns_while_programs_are_compiled_ahead():
 def test_options_that_this_compiler_does_not_know_are_left_out(monkeypatch):
   known = {"xla_cpu_enable_fast_math": False}
   options = known | {"xla_gpu_of_another_version": True}
-  monkeypatch.setattr(ahead, "OPTIONS", {"cpu": options})
+  monkeypatch.setattr(ahead, "UNTUNED", {"cpu": options})
   given = []
 
   class Lowered:
@@ -146,10 +146,12 @@ def test_options_that_this_compiler_does_not_know_are_left_out(monkeypatch):
   program = ahead.compiled(Lowered(raised.lower(x, shift, power=2)))  # pyright: ignore
   np.testing.assert_array_equal(program(x, shift)["sum"], [1, 4, 9])
   assert given == [options, known]
+  ahead.compiled(Lowered(raised.lower(x, shift, power=3)), tuned=True)  # pyright: ignore
+  assert given[2:] == [None]
 
 
 def test_a_program_that_no_options_could_save_fails_as_ever(monkeypatch):
-  monkeypatch.setattr(ahead, "OPTIONS", {"cpu": {"xla_cpu_enable_fast_math": False}})
+  monkeypatch.setattr(ahead, "UNTUNED", {"cpu": {"xla_cpu_enable_fast_math": False}})
 
   class Lowered:
     def compile(self, **options):

@@ -9,8 +9,8 @@ from tests.uajax import tiny_run
 from uajax import config
 from uajax.train import bench
 from uajax.train.ahead import Call
-from uajax.train.outlook import Given, Outlook
-from uajax.train.step import enter, no_sums, run_steps
+from uajax.train.outlook import Given, Outlook, is_long
+from uajax.train.step import enter, no_sums, phase_of, run_steps, turning_points
 
 
 class Listed:
@@ -85,3 +85,11 @@ def test_slots_with_room_to_grow_are_expected_to_stay():
 
 def test_the_last_stage_has_no_growth():
   assert next(looks(experiment(), 2, (400,), 0)) == FUSE[1:]
+
+
+def test_the_published_schedule_tunes_what_fuses_all_members_and_a_short_one_nothing():
+  long = lambda name: {
+    (stage.name, phase_of(stage, step)) for stage in config.preset(name).stages()
+    for step in (0, *turning_points(stage)) if step < stage.steps and is_long(stage, step)}
+  assert long("paper") == {("mouth", "ensemble"), ("face", "ensemble")}
+  assert long("quick") == long("demo") == set()
