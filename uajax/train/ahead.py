@@ -19,7 +19,7 @@ import jax
 
 TURN_S = 2e-4  # of a thread, while another waits for the interpreter (Python's own: 5e-3)
 # Left alone, XLA tries each matrix product in dozens of variants and each fusion in some, compiles
-# all of them, and times them on the card that trains meanwhile. That is half of the compilation, and
+# them all, and times them on the card that trains meanwhile. That is half of the compilation and
 # saves a step 6 to 20 per cent of its time: only a program of many steps earns it back.
 UNTUNED = {"gpu": {
   "xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}}
