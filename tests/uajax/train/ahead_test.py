@@ -1,6 +1,7 @@
 """Programs compiled ahead answer as those compiled when called, and only where they fit."""
 
 import functools
+import os
 import sys
 import threading
 
@@ -126,6 +127,21 @@ def test_threads_take_short_turns_while_programs_are_compiled_ahead():
   assert sys.getswitchinterval() == pytest.approx(usual)
   with Ahead(active=False):
     assert sys.getswitchinterval() == pytest.approx(usual)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads share a priority elsewhere")
+def test_threads_that_compile_give_way_to_the_one_that_trains():
+  mine = os.getpriority(os.PRIO_PROCESS, 0)
+  seen = []
+
+  class Slow:
+    def lower(self, x):
+      seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+      return raised.lower(x, {"by": x}, power=2)
+
+  with Ahead(threads=1) as programs:
+    programs.prepare([Call(Slow(), {}, (jnp.ones(2),))])
+  assert seen == [min(mine + ahead.NICE, 19)] and os.getpriority(os.PRIO_PROCESS, 0) == mine
 
 
 def test_options_that_this_compiler_does_not_know_are_left_out(monkeypatch):
