@@ -42,7 +42,7 @@ class Motion:
   features: int = 64  # of the fused code that the heads read
   ddof: int = 1  # of the members' spread: 1 as the official code, 0 the law of total variance
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
-  ajar: float = 0.1  # share of the gradient that reaches an eyes' gate that is shut (official 0)
+  ajar: float = 1.0  # share of the gradient that reaches an eyes' gate that is shut (official 0)
   blink_gain: float = 1.0  # on AU45: what is seldom seen must count for more (official 1)
   # Whether the fused variance is scaled, splat by splat, to the error that pictures show, and grows
   # with sound that is unlike the training's: nothing else ties it to anything (official: not, Q14).
@@ -130,6 +130,10 @@ class Stage:
   # singly: what one could say is not left to the others for good (official 0).
   silence: float = 0.0
   noise: float = 0.0  # share of the frames heard through white noise, of mel windows (official 0)
+  # Deviation of the noise on content, style and emotion at every step (official 0). In a short clip
+  # each of them tells a frame by its name, and would be taken for what only the sound, or an action
+  # unit, says in another: lips that hang on the emotion, eyes that shut at known words alone.
+  vague: float = 0.0
   splats: int = 2_000  # to begin with
   splats_extent: float = 0.1  # metres: drawn in [-extent, extent]^3 ...
   carve: bool = True  # ... where masks see the layer, in its colours (official: all, grey)
@@ -150,11 +154,11 @@ MOUTH = Stage(
   "mouth", splats=10_000, guide_until=39_000, guide_every=7, hair_until=0, lpips_from=49_000,
   freeze_from=49_000, densify=Densify(slots=16_384),
   rates=Rates(halve_by=39_000, end=49_000), weights=Weights(lpips=0.5))
-FACE = Stage("face", densify=Densify(until=49_000, grad_threshold=5e-4))
+FACE = Stage("face", vague=0.3, densify=Densify(until=49_000, grad_threshold=5e-4))
 FUSE = Stage(
-  "fuse", steps=10_000, warm_steps=0, ensemble_from=0, silence=0.0, noise=0.0, guide_until=0,
-  hair_until=0,
-  lpips_from=5_000, densify=Densify(until=0), weights=Weights(lpips=0.5))
+  "fuse", steps=10_000, warm_steps=0, ensemble_from=0, silence=0.0, noise=0.0, vague=0.0,
+  guide_until=0, hair_until=0, lpips_from=5_000, densify=Densify(until=0),
+  weights=Weights(lpips=0.5))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from uajax.types import Splats
 VERSION = 1
 # Settings that came later, as runs without them were trained.
 _BEFORE: dict[type, dict] = {
-  Stage: {"silence": 0.0, "noise": 0.0, "shut": 0.0},
+  Stage: {"silence": 0.0, "noise": 0.0, "vague": 0.0, "shut": 0.0},
   Weights: {"eyes": 0.0, "doubt": 0.0},
   Rates: {"doubt": 5e-3},
   Motion: {"ajar": 0.0, "blink_gain": 1.0, "calibrated": False, "uncertainty": True,

@@ -252,11 +252,12 @@ def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[
 
 
 def _ajar(x: Float[Array, "*n c"], share: float) -> Float[Array, "*n c"]:
-  """ReLU, whose gradient below zero is small, not zero: what is shut can open again.
+  """ReLU, whose gradient below zero is a share of that above, not zero: what shut can open again.
 
   With the ReLU's own (official) the attention's penalties shut one splat after the other for good,
   until next to none is left that an action unit could move; and of the hidden units, which rise and
-  fall together where planes begin much alike, all but one in a bad case.
+  fall together where planes begin much alike, all but one in a bad case. With a tenth of it some
+  trainings still ended with every gate shut, one of a real clip among them.
   """
   leaky = nn.leaky_relu(x, share)
   return leaky + jax.lax.stop_gradient(nn.relu(x) - leaky)

@@ -171,6 +171,8 @@ def train_step(experiment: Experiment, stage: Stage, phase: Phase, capacity: int
       (material.camera, material.controls, material.lips, material.eyes))
     if stage.noise and experiment.model.audio == "mel":
       rest = rest[0], _through_noise(stage, rest[1], index, step, key), *rest[2:]
+    if stage.vague:
+      rest = rest[0], _vaguely(stage, rest[1], index, step, key), *rest[2:]
     frames = Frame(*pictures, *rest)
 
     def loss_of(params, probes, places=None):
@@ -342,6 +344,19 @@ def _through_noise(stage: Stage, controls: Controls, index: Int[Array, " b"], st
   keys = jax.vmap(lambda frame: jax.random.fold_in(draw, frame))(index)
   one = lambda windows, key: noise.add(windows, stage.noise, key)
   return controls._replace(audio=jax.vmap(one)(controls.audio, keys))
+
+
+def _vaguely(stage: Stage, controls: Controls, index: Int[Array, " b"], step, key) -> Controls:
+  """The same frames, each with priors and an emotion that are not quite its own."""
+  draw = jax.random.fold_in(jax.random.fold_in(key, 7), step)
+  keys = jax.vmap(lambda frame: jax.random.fold_in(draw, frame))(index)
+
+  def blur(features, number):
+    noise = lambda key: jax.random.normal(jax.random.fold_in(key, number), features.shape[1:])
+    return features + stage.vague * jax.vmap(noise)(keys)
+
+  return controls._replace(f_exp=blur(controls.f_exp, 0), f_tone=blur(controls.f_tone, 1),
+                           emotion=blur(controls.emotion, 2))
 
 
 def _heard(count: int, members: Int[Array, " 4"] | None, silent: Bool[Array, " 4"] | None

@@ -246,7 +246,7 @@ def test_a_gate_that_shut_lets_nothing_through_and_opens_again():
   assert 0 < pull[0] < pull[1] == 1
 
 
-@pytest.mark.parametrize("ajar", [0.0, 0.1])
+@pytest.mark.parametrize("ajar", [0.0, 0.1, 1.0])
 def test_hidden_units_of_a_gate_that_shut_open_again(ajar):
   """As the above: of the eye gate's 16 one was left, and no lid moved."""
   gate, where = motion.Gate(3, 2, ajar=ajar), jnp.ones((5, 4))
