@@ -48,7 +48,7 @@ class Gate(nn.Module):
   hidden: int
   features: int
   positive: bool = False  # start with no output below zero
-  ajar: float = 0.0  # share of the gradient that reaches a hidden unit that is shut
+  ajar: float = 0.0  # slope of a hidden unit below zero, to 1 above
 
   @nn.compact
   def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
@@ -252,15 +252,14 @@ def _hear(network: FaceMotion | MouthMotion, controls: types.Controls) -> Float[
 
 
 def _ajar(x: Float[Array, "*n c"], share: float) -> Float[Array, "*n c"]:
-  """ReLU, whose gradient below zero is a share of that above, not zero: what shut can open again.
+  """ReLU, below zero a share of its slope, not none: what shut can open again.
 
-  With the ReLU's own (official) the attention's penalties shut one splat after the other for good,
-  until next to none is left that an action unit could move; and of the hidden units, which rise and
-  fall together where planes begin much alike, all but one in a bad case. With a tenth of it some
-  trainings still ended with every gate shut, one of a real clip among them.
+  With the ReLU (official) the attention's penalties shut one splat after the other for good, until
+  next to none is left that an action unit could move; and of the hidden units, which rise and fall
+  together where planes begin much alike, all but one in a bad case. A slope for the gradient alone
+  is not enough: unseen, gates sink ever further below zero (a real clip's all did).
   """
-  leaky = nn.leaky_relu(x, share)
-  return leaky + jax.lax.stop_gradient(nn.relu(x) - leaky)
+  return nn.leaky_relu(x, share)
 
 
 def _norm(x: Float[Array, "n c"]) -> Float[Array, " n"]:

@@ -238,20 +238,21 @@ def test_every_splat_heeds_every_action_unit_before_training(points):
     assert (np.asarray(begin(jax.random.key(seed))) > 0).all()
 
 
-def test_a_gate_that_shut_lets_nothing_through_and_opens_again():
-  """With a ReLU's gradient next to no splat heeds an action unit after 3000 steps of the demo."""
+def test_a_gate_that_shut_lets_little_through_and_opens_again():
+  """With a ReLU next to no splat heeds an action unit after 3000 steps of the demo."""
   shut = jnp.asarray([-0.5, 0.5])
-  np.testing.assert_array_equal(motion._ajar(shut, 0.1), [0.0, 0.5])
+  np.testing.assert_allclose(motion._ajar(shut, 0.1), [-0.05, 0.5])
+  np.testing.assert_array_equal(motion._ajar(shut, 0.0), [0.0, 0.5])  # as imported avatars have it
   pull = jax.grad(lambda x: motion._ajar(x, 0.1).sum())(shut)
   assert 0 < pull[0] < pull[1] == 1
 
 
-@pytest.mark.parametrize("ajar", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("ajar", [0.0, 0.1])
 def test_hidden_units_of_a_gate_that_shut_open_again(ajar):
   """As the above: of the eye gate's 16 one was left, and no lid moved."""
   gate, where = motion.Gate(3, 2, ajar=ajar), jnp.ones((5, 4))
   params = {"first": {"kernel": -jnp.ones((4, 3))}, "second": {"kernel": jnp.ones((3, 2))}}
   answer, back = jax.vjp(lambda params: gate.apply({"params": params}, where), params)
-  assert not answer.any()
+  assert (answer < 0).all() == (ajar > 0)
   pull, = back(jnp.ones_like(answer))
   assert (pull["first"]["kernel"] > 0).all() == (ajar > 0)
