@@ -147,8 +147,8 @@ MISSED = pytest.mark.xfail(strict=True, reason="so short a training misses what 
 # 0.01. In frames where the person is angry, 0.38 is there.
 TIGHT = pytest.mark.xfail(
   strict=True, reason="tight lips change 66 pixels by 13 of 255, what the avatar is wrong by there")
-# Happy 0.02, 0.69, 0.68, 0.72 at a quarter, half, three quarters and all of it, sad 0.05, 0.37, 0.45,
-# 0.46, surprised at most 0.03; in another training it showed 0.50.
+# Happy 0.02, 0.69, 0.68, 0.72 at a quarter, half, three quarters and all of it, sad 0.05, 0.37,
+# 0.45, 0.46, surprised at most 0.03; in another training it showed 0.50.
 FULL = pytest.mark.xfail(reason="an emotion nearly full shows as one that is full")
 
 
