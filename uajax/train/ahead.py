@@ -22,7 +22,7 @@ NICE = 10  # by which threads that compile give way
 # Left alone, XLA tries each matrix product in dozens of variants and each fusion in some, compiles
 # them all, and times them on the card that trains meanwhile. That is half of the compilation and
 # saves a step 6 to 20 per cent of its time: only a program of many steps earns it back.
-UNTUNED = {"gpu": {
+UNTUNED: dict[str, dict[str, str | bool]] = {"gpu": {
   "xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}}
 
 
@@ -52,7 +52,7 @@ class Ahead:
       threads = min(max((os.cpu_count() or 1) // 4, 1), 4)
     self.used = 0  # programs that were compiled in advance and then called for
     self.waited_s = 0.0  # for programs that were not compiled when they were called for
-    self._programs: dict[Any, concurrent.futures.Future | None] = {}
+    self._programs: dict[Any, Any] = {}  # compiled, a future of it, or None: not compiled here
     self._threads = concurrent.futures.ThreadPoolExecutor(threads, initializer=_step_back)
     self._most = threads
     self._busy: list[concurrent.futures.Future] = []
