@@ -12,8 +12,10 @@ import errno
 import importlib.util
 import io
 import logging
+import os
 import pathlib
 import re
+import select
 import sys
 import time
 import traceback
@@ -519,7 +521,7 @@ Every command answers --help. Errors come in one line; --debug anywhere adds the
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command. Returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted,
-  143 terminated.
+  141 nobody reads on, 143 terminated.
   """
   words = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in words
@@ -528,7 +530,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   cache.keep_compiled()
   try:
     command = parse(words)
-    return command.run()
+    status = command.run()
+    sys.stdout.flush()
+    return status
   except SystemExit as stop:  # --help
     return stop.code if isinstance(stop.code, int) else 0
   except WrongUse as error:
@@ -540,9 +544,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = "the same command goes on from here" if resumes else "nothing half-written is left"
     return _fail(f"interrupted: {left}", 130)
   except Exception as error:
+    if isinstance(error, BrokenPipeError) and _unread():
+      return 141
     if debug:
       traceback.print_exc()
     return _fail(explain(error), 1)
+
+
+def _unread() -> bool:
+  """Whether nobody reads what is printed any more, as behind `| head`; then it goes nowhere."""
+  if not hasattr(select, "poll"):
+    return False
+  out = select.poll()
+  out.register(sys.stdout.fileno(), 0)
+  if not any(event & (select.POLLERR | select.POLLHUP) for _, event in out.poll(0)):
+    return False
+  with open(os.devnull, "w") as nowhere:
+    os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python flushes once more at its end
+  return True
 
 
 def parse(words: Sequence[str]) -> Any:

@@ -234,3 +234,17 @@ def test_as_a_program():
   words = [sys.executable, "-m", "uajax", "export", "R"]
   done = subprocess.run(words, capture_output=True, text=True, timeout=60)
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_reader_that_has_read_enough_is_no_failure():
+  code = ("import sys, types\nfrom uajax import cli\n"
+          "talk = lambda: print('word\\n' * 100_000) or 0\n"
+          "cli.parse = lambda words: types.SimpleNamespace(run=talk)\n"
+          "sys.exit(cli.main([]))\n")
+  talking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+  assert talking.stdout and talking.stderr
+  assert talking.stdout.readline() == "word\n"
+  talking.stdout.close()
+  assert talking.stderr.read() == ""
+  assert talking.wait(timeout=60) == 141
