@@ -148,8 +148,9 @@ MISSED = pytest.mark.xfail(strict=True, reason="so short a training misses what 
 TIGHT = pytest.mark.xfail(
   strict=True, reason="tight lips change 66 pixels by 13 of 255, what the avatar is wrong by there")
 # Happy 0.02, 0.69, 0.68, 0.72 at a quarter, half, three quarters and all of it, sad 0.05, 0.37,
-# 0.45, 0.46, surprised at most 0.03; in another training it showed 0.50.
+# 0.45, 0.46.
 FULL = pytest.mark.xfail(reason="an emotion nearly full shows as one that is full")
+FAINT = pytest.mark.xfail(reason="of surprise trainings showed 0.03, 0.24 and 0.50")
 
 
 @pytest.mark.parametrize("unit, value", [
@@ -176,7 +177,7 @@ def test_half_of_an_action_unit_moves_less_than_all_of_it(taught, unit, value):
 @pytest.mark.parametrize("name", [
   pytest.param("happy", marks=FULL), pytest.param("sad", marks=FULL),
   pytest.param("angry", marks=TIGHT),
-  pytest.param("surprised", marks=FULL)])
+  pytest.param("surprised", marks=FAINT)])
 def test_a_named_emotion_shows_the_more_the_stronger_it_is(taught, name):
   brought, units = FELT[name]
   units = CALM | units

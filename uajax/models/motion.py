@@ -256,8 +256,9 @@ def _ajar(x: Float[Array, "*n c"], share: float) -> Float[Array, "*n c"]:
 
   With the ReLU (official) the attention's penalties shut one splat after the other for good, until
   next to none is left that an action unit could move; and of the hidden units, which rise and fall
-  together where planes begin much alike, all but one in a bad case. A slope for the gradient alone
-  is not enough: unseen, gates sink ever further below zero (a real clip's all did).
+  together where planes begin much alike, all but one in a bad case. A share of the gradient alone
+  lets gates sink unseen, ever further below zero. Nor does a slope stop the penalties from drawing
+  gates to zero where lids seldom move.
   """
   return nn.leaky_relu(x, share)
 

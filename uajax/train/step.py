@@ -340,16 +340,13 @@ def _silent(experiment: Experiment, stage: Stage, step, key) -> Bool[Array, " 4"
 def _through_noise(stage: Stage, controls: Controls, index: Int[Array, " b"], step, key
                    ) -> Controls:
   """The same frames, heard each through a noise of its own or none."""
-  draw = jax.random.fold_in(jax.random.fold_in(key, 6), step)
-  keys = jax.vmap(lambda frame: jax.random.fold_in(draw, frame))(index)
   one = lambda windows, key: noise.add(windows, stage.noise, key)
-  return controls._replace(audio=jax.vmap(one)(controls.audio, keys))
+  return controls._replace(audio=jax.vmap(one)(controls.audio, _keys(key, 6, step, index)))
 
 
 def _vaguely(stage: Stage, controls: Controls, index: Int[Array, " b"], step, key) -> Controls:
   """The same frames, each with priors and an emotion that are not quite its own."""
-  draw = jax.random.fold_in(jax.random.fold_in(key, 7), step)
-  keys = jax.vmap(lambda frame: jax.random.fold_in(draw, frame))(index)
+  keys = _keys(key, 7, step, index)
 
   def blur(features, number):
     noise = lambda key: jax.random.normal(jax.random.fold_in(key, number), features.shape[1:])
@@ -357,6 +354,12 @@ def _vaguely(stage: Stage, controls: Controls, index: Int[Array, " b"], step, ke
 
   return controls._replace(f_exp=blur(controls.f_exp, 0), f_tone=blur(controls.f_tone, 1),
                            emotion=blur(controls.emotion, 2))
+
+
+def _keys(key, purpose: int, step, index: Int[Array, " b"]):
+  """A key for each frame of a step."""
+  draw = jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+  return jax.vmap(lambda frame: jax.random.fold_in(draw, frame))(index)
 
 
 def _heard(count: int, members: Int[Array, " 4"] | None, silent: Bool[Array, " 4"] | None
