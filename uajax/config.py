@@ -43,6 +43,10 @@ class Motion:
   ddof: int = 1  # of the members' spread: 1 as the official code, 0 the law of total variance
   log_var_limit: float = 10.0  # log-variances are clipped to +-this (official: not at all, Q3)
   ajar: float = 0.1  # slope of the eyes' gate below zero, to 1 above (official 0)
+  # Whether what the eyes' gate lets through of the action units reaches the heads by itself, too
+  # (official: not). Fused with what is heard it is one voice among many that tell the frame as
+  # well, and where lids seldom move the attention's penalties shut the gate before it is needed.
+  acts: bool = True
   blink_gain: float = 1.0  # on AU45: what is seldom seen must count for more (official 1)
   # Whether the fused variance is scaled, splat by splat, to the error that pictures show, and grows
   # with sound that is unlike the training's: nothing else ties it to anything (official: not, Q14).

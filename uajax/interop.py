@@ -110,8 +110,8 @@ def _shared_config(weights: _Weights, face: Motion | None) -> Motion:
     planes=_planes_config(weights, "xyz_encoder"),
     emotion_planes=face.emotion_planes if face else Planes(),
     members=weights.count("fuse_net.audio_net.{}.fc1.weight"), hidden=hidden, latent=latent,
-    features=features, ddof=1, log_var_limit=_UNLIMITED, ajar=0.0, blink_gain=1.0,
-    calibrated=False, still_heads=False)
+    features=features, ddof=1, log_var_limit=_UNLIMITED, ajar=0.0, acts=False,
+    blink_gain=1.0, calibrated=False, still_heads=False)
 
 
 def _config(weights: _Weights) -> Motion:

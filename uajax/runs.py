@@ -40,7 +40,7 @@ _BEFORE: dict[type, dict] = {
   Stage: {"silence": 0.0, "noise": 0.0, "vague": 0.0, "shut": 0.0},
   Weights: {"eyes": 0.0, "doubt": 0.0},
   Rates: {"doubt": 5e-3},
-  Motion: {"ajar": 0.0, "blink_gain": 1.0, "calibrated": False, "uncertainty": True,
+  Motion: {"acts": False, "ajar": 0.0, "blink_gain": 1.0, "calibrated": False, "uncertainty": True,
            "modalities": ["audio", "content", "style", "emotion"]}}
 SUMS = "sums.json"
 MARKS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, written last, never read

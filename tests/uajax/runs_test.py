@@ -46,13 +46,14 @@ def test_a_run_from_before_the_eyes_were_weighed_is_read_as_it_was_trained():
 
 def test_a_run_from_before_modalities_could_be_left_out_has_them_all():
   values = runs.encode(config.quick())
-  for name in ("modalities", "uncertainty", "blink_gain", "calibrated"):
+  for name in ("modalities", "uncertainty", "blink_gain", "calibrated", "acts"):
     del values["model"]["motion"][name]
   for stage in ("mouth", "face", "fuse"):
     del values[stage]["silence"], values[stage]["noise"], values[stage]["weights"]["doubt"]
     del values[stage]["shut"]
   there = runs.decode(config.Experiment, values, "run.json: experiment")
-  before = dataclasses.replace(config.quick().model.motion, blink_gain=1.0, calibrated=False)
+  before = dataclasses.replace(config.quick().model.motion, blink_gain=1.0, calibrated=False,
+                               acts=False)
   assert there.model.motion == before
   assert there.face.silence == there.face.noise == there.face.weights.doubt == 0
   assert there.face.shut == 0

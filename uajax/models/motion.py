@@ -3,7 +3,7 @@
 The first keys of the parameter trees are the groups that an optimiser tells apart:
 `planes`, `audio`, `audio_attention`, `fusion`, `mean_head` in both, and in the face
 `audio_channels`, `eye_attention`, `expression`, `emotion`, `rotation_head`, `scale_head`,
-`doubt_head`, `familiar`. A modality that the config leaves out has no parameters.
+`acts`, `doubt_head`, `familiar`. A modality that the config leaves out has no parameters.
 
 Axes: n splats, c channels.
 """
@@ -83,6 +83,8 @@ class FaceMotion(nn.Module):
     self.audio_channels = Gate(32, take.audio_code)
     self.eye_attention = Gate(16, 6, positive=True, ajar=take.ajar)
     self.expression = Gate(16, 5)
+    if take.acts:
+      self.acts = Linear(take.features, use_bias=False)
     if "emotion" in take.modalities:
       self.emotion = EmotionEncoder(take.emotion_planes)
     self.fusion = UncertaintyFusion(take, self.implementation)
@@ -122,10 +124,11 @@ class FaceMotion(nn.Module):
     silent: Bool[Array, " 4"] | None = None,
   ) -> types.Motion:
     """`__call__` for the splats at known places."""
-    heard = self.code(controls)
-    modalities = self.modalities(places, controls, heard)
+    modalities = self.modalities(places, controls, heard := self.code(controls))
     code, fused = self.fusion(
       modalities, places.where, _of(modalities, members), _of(modalities, silent))
+    if self.config.acts:
+      code = code + self.acts(places.eyes * self.face(controls)[None])
     doubts = fused.aleatoric, fused.epistemic
     if self.config.calibrates:
       # The head alone learns from the errors: variances that learn, too, rise where something is
@@ -147,6 +150,11 @@ class FaceMotion(nn.Module):
     """What is heard at this frame."""
     return _hear(self, controls)
 
+  def face(self, controls: types.Controls) -> Float[Array, " 6"]:
+    """What the action units ask for at this frame, by action unit."""
+    expression = self.expression(controls.action_units[:5])
+    return jnp.concatenate([expression, self.config.blink_gain * controls.action_units[5:]])
+
   def strangeness(self, heard: Float[Array, " c"]) -> Float[Array, ""]:
     """The factor on every modality's covariance, 1 for sound such as the avatar was taught by.
 
@@ -159,8 +167,7 @@ class FaceMotion(nn.Module):
                  ) -> dict[str, Modality]:
     """What each of FACE_MODALITIES that the config names has to go by; `heard` is the `code`."""
     names = _named(self.config, FACE_MODALITIES)
-    face = self.expression(controls.action_units[:5])
-    face = jnp.concatenate([face, self.config.blink_gain * controls.action_units[5:]])
+    face = self.face(controls)
     where, channels, eyes, felt = places
     inputs = {
       "audio": Modality(jnp.concatenate([channels * heard[None], eyes * face[None], where], -1)),

@@ -61,7 +61,7 @@ def test_groups_of_parameters_bear_the_names_that_the_optimiser_knows(face, poin
   ask, params = face
   assert set(params["params"]) == {
     "planes", "audio", "audio_attention", "audio_channels", "eye_attention", "expression",
-    "emotion", "fusion", "mean_head", "rotation_head", "scale_head", "doubt_head", "familiar"}
+    "acts", "emotion", "fusion", "mean_head", "rotation_head", "scale_head", "doubt_head", "familiar"}
   ensembles = params["params"]["fusion"]["ensembles"]
   assert set(ensembles) == {"audio", "content", "style", "emotion"}
   assert all(leaf.shape[0] == SMALL.members for leaf in jax.tree.leaves(ensembles))
@@ -227,6 +227,19 @@ def test_code_book_answers_a_clear_question_with_its_entry():
   book = jnp.eye(4)
   np.testing.assert_allclose(look_up(book, 200 * book[2]), book[2], atol=1e-6)
   np.testing.assert_allclose(look_up(book, jnp.zeros(4)), 0.25)
+
+
+@pytest.mark.parametrize("acts", (True, False))
+def test_action_units_move_splats_though_speech_says_all(points, acts):
+  """Lids must not wait for what the fusion leaves of them: each frame's speech names it, too."""
+  net = FaceMotion(dataclasses.replace(SMALL, acts=acts))
+  params = jax.jit(net.init)(jax.random.key(0), points, controls())
+  said = params["params"]["fusion"]["ensembles"]["audio"]
+  said["hidden_kernel"] = jnp.zeros_like(said["hidden_kernel"])  # the members heed nothing
+  awake, ask = controls(), jax.jit(net.apply)
+  asleep = awake._replace(action_units=awake.action_units.at[5].add(2.0))
+  shift = np.abs(ask(params, points, asleep).d_mean - ask(params, points, awake).d_mean)
+  assert (shift.max() > 1e-5) == acts  # metres
 
 
 def test_every_splat_heeds_every_action_unit_before_training(points):
