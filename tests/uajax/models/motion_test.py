@@ -61,7 +61,8 @@ def test_groups_of_parameters_bear_the_names_that_the_optimiser_knows(face, poin
   ask, params = face
   assert set(params["params"]) == {
     "planes", "audio", "audio_attention", "audio_channels", "eye_attention", "expression",
-    "acts", "emotion", "fusion", "mean_head", "rotation_head", "scale_head", "doubt_head", "familiar"}
+    "acts", "emotion", "fusion", "mean_head", "rotation_head", "scale_head", "doubt_head",
+    "familiar"}
   ensembles = params["params"]["fusion"]["ensembles"]
   assert set(ensembles) == {"audio", "content", "style", "emotion"}
   assert all(leaf.shape[0] == SMALL.members for leaf in jax.tree.leaves(ensembles))
