@@ -26,6 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from kernels import steady
 from kernels.fusion import xla
 
 SPLATS = 128  # of a program: a splat for each thread of a warpgroup
@@ -395,6 +396,7 @@ def _kernel(body, backend: str, splats: int, out):
   # Imported here: where JAX has no NVIDIA parts, all else still works.
   from jax.experimental.pallas import mosaic_gpu
 
+  steady.keep_names()
   return mosaic_gpu.kernel(
     lambda *refs: run(lax.axis_index("block"), *refs), out_type=out, grid=(programs,),
     grid_names=("block",), compiler_params=mosaic_gpu.CompilerParams(

@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from kernels import steady
 from kernels.splat.bins import Bins, Grid, sum_by_splat
 from kernels.splat.moments import SHAPE, shift
 from kernels.splat.project import ALPHA_MIN
@@ -315,6 +316,7 @@ class _Mosaic:
   def __init__(self):
     # Imported here: where JAX has no NVIDIA parts, all else still works.
     from jax.experimental.pallas import mosaic_gpu
+    steady.keep_names()
     self._gpu = mosaic_gpu
     self.matrix = mosaic_gpu.Layout.WGMMA  # splats by pixels: few threads share a row
     self.rows, self.columns = self.matrix.reduce(1), self.matrix.reduce(0)
