@@ -196,7 +196,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   begun = step = int(state.step)  # `begun`: where the steps begin that one report sums up
   ends = list(_ends(experiment, stage, step))
   began, waited, sums = time.monotonic(), programs.waited_s, no_sums()
-  running = last = None
+  running, last, aside_s = None, None, 0.0
   outlook = Outlook(experiment, number, perceptual, shown.drawing)
   foresee = lambda given: outlook.prepare(programs, step, at.capacity, given)
   for end, chunk in fed.chunks(stage, key, step, ends):
@@ -217,13 +217,16 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
       state = slots.make_room(stage, state, changed)
     if stage.name != "fuse" and step in turning_points(stage):
       state = slots.give_up_spare(stage, state)
+    reached = time.monotonic()
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
       foresee(given._replace(state=state))
       compile_s = programs.waited_s - waited
-      took = time.monotonic() - began - compile_s
+      reached = time.monotonic()
+      took = reached - began - compile_s
       report |= _census(stage, state, changed) | {
-        "step_ms": 1e3 * took / count, "compile_s": compile_s}
+        "step_ms": 1e3 * took / count, "compile_s": compile_s, "aside_s": aside_s}
+      aside_s = 0.0
       if shows:
         report |= shown.keep(journal, before + step, stage, state.avatar, programs)
       if journal:
@@ -253,6 +256,7 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
         stopping)
     if done:
       at = here
+    aside_s += time.monotonic() - reached  # pictures, the journal, a checkpoint's copy
     begun, began, waited, sums = step, time.monotonic(), programs.waited_s, no_sums()
   return state.avatar, at
 

@@ -199,7 +199,7 @@ def test_frames_read_from_disk_as_training_goes_give_the_same_bits(
 def metrics(run) -> list[dict]:
   """What was reported of each step, but for the time it took."""
   rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-  times = "step_ms", "compile_s"
+  times = "step_ms", "compile_s", "aside_s"
   return [{name: value for name, value in row.items() if name not in times} for row in rows]
 
 
