@@ -102,11 +102,12 @@ def feel(
   return emotion
 
 
-def act(spans: Sequence[Span], units: Float[np.ndarray, "f 6"]) -> Float[np.ndarray, "f 6"]:
-  """The action units of every frame, eased likewise."""
+def act(spans: Sequence[Span], units: Float[np.ndarray, "f 6"], begin: int = 0
+        ) -> Float[np.ndarray, "f 6"]:
+  """The action units of every frame, `begin` the first, eased likewise."""
   units = np.array(units, np.float32)
   for span in spans:
-    share = weight(span, len(units))
+    share = weight(span, len(units), begin)
     for name, value in span.units.items():
       column = ACTION_UNITS.index(name)
       units[:, column] += share * (value - units[:, column])

@@ -1,11 +1,12 @@
 """A recording becomes a film of the person speaking it, frame by frame, of any length.
 
-What is heard drives mouth and face. Head pose, brows and torso come from the training clip,
-walked back and forth or cut anew (`uajax.poses`), so that they go on for ever without a jump;
-blinks are made as the person makes them (`uajax.blinks`). Sound is read from a file as it is
-needed, heard piece by piece, drawn in chunks of one compiled shape and streamed to the encoder:
-memory does not grow with the film, apart from some hundred bytes a frame (and, where other audio
-encoders than mel hear, their windows).
+What is heard drives mouth and face. Head pose and torso come from the training clip, walked back
+and forth or cut anew (`uajax.poses`), so that they go on for ever without a jump; brows, too, but
+for what was felt there: they do what is felt in the film (`uajax.emotion.mien`). Blinks are made as
+the person makes them (`uajax.blinks`). Sound is read from a file as it is needed, heard piece by
+piece, drawn in chunks of one compiled shape and streamed to the encoder: memory does not grow with
+the film, apart from some hundred bytes a frame (and, where other audio encoders than mel hear,
+their windows).
 
 Axes: f frames, h w pixels, c channels (3, or 4 with opacity), n training frames, w also audio
 window steps, d channels.
@@ -126,7 +127,7 @@ def synthesize_all(
       used; disk full.
   """
   from uajax import media, runs  # the machine that trains may lack what media needs
-  from uajax.emotion import control
+  from uajax.emotion import control, mien
   from uajax.priors import extract
 
   if not recordings:
@@ -175,9 +176,11 @@ def synthesize_all(
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
   listen = listener(run, audio_weights, audio_windows)
   numbers = [source.numbers(i) for i in range(len(source))]
-  clip = Clip(
-    source, [camera for camera, *_ in numbers],
-    np.stack([controls.action_units for _, controls, *_ in numbers]))
+  units, own = (np.stack([getattr(controls, name) for _, controls, *_ in numbers])
+                for name in ("action_units", "emotion"))
+  feeling = mien.learn(
+    extractors.prototypes if "emotion" in avatar.config.modalities else {}, own, units)
+  clip = Clip(source, [camera for camera, *_ in numbers], feeling.without(units, own))
   shown = poses.turned_degrees(clip.cameras)
   if orbit is not None and orbit > shown:
     _LOG.warning("--orbit %g: the clip turns the head by %.0f degrees; farther round is guessed",
@@ -192,7 +195,6 @@ def synthesize_all(
     frames = -(-len(sound) * FPS // SAMPLE_RATE_HZ)
     rng = np.random.default_rng([seed, index])
     course, units = _act(clip, centre, sound, frames, movement, blinks, rng)
-    units = direction.act(spans, units)
     speech = extract.hear_in_pieces(extractors, sound, frames, emotion=wanted, listen=listen)
     rows = heard_rows(speech, functools.partial(direction.feel, spans, resolve=resolve))
     rows = _checked(rows, avatar, run)
@@ -208,7 +210,8 @@ def synthesize_all(
                ) -> Iterator[Scene]:
       behind = ahead(functools.partial(clip.behind, course, background), range(frames))
       for i, (row, picture) in enumerate(zip(rows, behind, strict=True)):
-        controls = Controls(row.audio, units[i], row.f_exp, row.f_tone, row.emotion)  # pyright: ignore
+        acted = direction.act(spans, feeling.put_on(units[i:i + 1], row.emotion), i)[0]
+        controls = Controls(row.audio, acted, row.f_exp, row.f_tone, row.emotion)  # pyright: ignore
         yield Scene(controls, standing(i), picture)
 
     of = f" {index + 1} of {len(recordings)}" if len(recordings) > 1 else ""
@@ -237,7 +240,7 @@ class Clip(NamedTuple):
 
   source: Any  # data.folder.Source
   cameras: list[Camera]
-  units: Float[np.ndarray, "n 6"]  # ACTION_UNITS
+  units: Float[np.ndarray, "n 6"]  # ACTION_UNITS less what was felt, see `emotion.mien`
 
   def behind(self, course: poses.Course, background: Background, i: int
              ) -> UInt8[np.ndarray, "h w 3"]:

@@ -17,6 +17,7 @@ from tests.uajax import tiny_run
 from tests.uajax.data import subject_folder
 from tests.uajax.speech import tiny_model
 from uajax import direction, gallery, media, provenance, synthesize
+from uajax.blinks import EYES
 from uajax.data import folder
 from uajax.errors import UserError
 from uajax.priors import extract
@@ -151,7 +152,8 @@ def test_a_gif_shows_emotions_side_by_side(run, tmp_path, capsys):
   assert np.abs(happy - neutral).max() > 10
   synthesize.synthesize(run.path, wav, tmp_path / "film.mp4", emotion="happy")
   film = pictures(tmp_path / "film.mp4")
-  assert np.abs(happy - film[4]).mean() < 3 < np.abs(neutral - film[4]).mean()
+  gaps = [np.abs(shown - film[4]).mean() for shown in (happy, neutral)]
+  assert gaps[0] < 0.5 * gaps[1], gaps
   assert provenance.verify(out).holds
   assert gallery.main([*words, "emotions.png"]) == 1 and ".gif" in capsys.readouterr().err
 
@@ -177,8 +179,7 @@ def test_a_script_and_action_units_reach_the_avatar_while_they_hold(run, tmp_pat
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:25], b[:25]), plain, directed)
   assert (np.abs(directed.emotion - plain.emotion).max(1)[31:] > 0.1).all()
   np.testing.assert_allclose(directed.action_units[31:44, 1], 5)
-  np.testing.assert_array_equal(directed.action_units[:, [0, *range(2, 6)]],
-                                plain.action_units[:, [0, *range(2, 6)]])
+  np.testing.assert_array_equal(directed.action_units[:, EYES], plain.action_units[:, EYES])
   lifted = controls(action_units={"AU01": 4.0})
   np.testing.assert_allclose(lifted.action_units[:, 0], 4)
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from kernels.splat.project import BLUR, rotation, shade
 from uajax import direction, synthesize
 from uajax.avatar import Avatar, Deformation, Known, Layer, deform, know, render
-from uajax.emotion import control
+from uajax.emotion import control, mien
 from uajax.errors import UserError
 from uajax.poses import steady, walk
 from uajax.types import SAMPLE_RATE_HZ, Camera, Controls, Image, Motion, Speech
@@ -115,7 +115,11 @@ class Stage:
     self.cameras = [camera._replace(K=(grown @ camera.K).astype(np.float32))
                     for camera, *_ in numbers]
     self._blur = self._blurred()
-    self._units = np.stack([controls.action_units for _, controls, *_ in numbers])
+    units, own = (np.stack([getattr(controls, name) for _, controls, *_ in numbers])
+                  for name in ("action_units", "emotion"))
+    feels = "emotion" in self.avatar.config.modalities
+    self._mien = mien.learn(self.extractors.prototypes if feels else {}, own, units)
+    self._units = self._mien.without(units, own)
     self._listen = synthesize.listener(run, audio_weights, None)
     self._known: Known = know(self.avatar)
     self._capacity: int | None = None
@@ -153,7 +157,7 @@ class Stage:
       emotion = control.resolve(self.extractors, acting.emotion, acting.intensity)
     held = direction.whole_film(
       direction.units_of(f"{name}={value}" for name, value in acting.units))
-    units = direction.act([held], talk.units[frame][None])[0]
+    units = direction.act([held], self._mien.put_on(talk.units[frame][None], emotion))[0]
     heard: Any = (features.neighbouring(np.asarray(talk.speech.audio), frame), units,
                   talk.speech.f_exp[frame], talk.speech.f_tone[frame], emotion)
     return Controls(*heard)
