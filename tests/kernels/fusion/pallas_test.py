@@ -1,5 +1,7 @@
 """The fusion's Pallas kernels: they fuse as the definition does, and lower without a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +12,19 @@ from kernels.fusion import api, bench, fuse, fuse_answers, pallas
 HAS_GPU = any(d.platform == "gpu" for d in jax.devices())
 
 
-def gradients(means, log_vars, **settings):
-  """Of something that looks at the mean alone, and of something that looks at all."""
-  def looks(means, log_vars, count):
-    out = fuse(means, log_vars, **settings)
+@functools.partial(jax.jit, static_argnames=("count", "ddof", "implementation"))
+def slopes(means, log_vars, count, ddof, implementation):
+  def looks(means, log_vars):
+    out = fuse(means, log_vars, ddof=ddof, implementation=implementation)
     return sum(jnp.sum(jnp.sin(x)) for x in out[:count]), out
 
-  go = jax.jit(jax.grad(looks, (0, 1), has_aux=True), static_argnums=2)
-  one, out = go(means, log_vars, 1)
-  return out, one, go(means, log_vars, 3)[0]
+  return jax.grad(looks, (0, 1), has_aux=True)(means, log_vars)
+
+
+def gradients(means, log_vars, ddof=1, implementation=None):
+  """Of something that looks at the mean alone, and of something that looks at all."""
+  one, out = slopes(means, log_vars, 1, ddof, implementation)
+  return out, one, slopes(means, log_vars, 3, ddof, implementation)[0]
 
 
 # A block of splats and a bit, then less than one; many modalities, then many members.
