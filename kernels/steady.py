@@ -20,7 +20,7 @@ def keep_names() -> None:
     return
   try:
     from jax.experimental.mosaic.gpu import dialect
-    from jaxlib.mlir import ir
+    from jax.extend.mlir import ir
     numbered = dialect.get_or_set_dump_options
   except (ImportError, AttributeError):
     return
