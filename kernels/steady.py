@@ -1,7 +1,9 @@
 """Kernels that keep their names, so that JAX finds a compiled program again in the next process."""
 
 import functools
+import importlib
 import os
+from typing import Any
 
 ATTRIBUTE = "mosaic_gpu.dump_basename"
 
@@ -19,8 +21,8 @@ def keep_names() -> None:
   if any(name.startswith("MOSAIC_GPU_DUMP") for name in os.environ):
     return
   try:
-    from jax.experimental.mosaic.gpu import dialect
     from jax.extend.mlir import ir
+    dialect: Any = importlib.import_module("jax.experimental.mosaic.gpu").dialect
     numbered = dialect.get_or_set_dump_options
   except (ImportError, AttributeError):
     return

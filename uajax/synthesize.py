@@ -210,7 +210,7 @@ def synthesize_all(
                ) -> Iterator[Scene]:
       behind = ahead(functools.partial(clip.behind, course, background), range(frames))
       for i, (row, picture) in enumerate(zip(rows, behind, strict=True)):
-        acted = direction.act(spans, feeling.put_on(units[i:i + 1], row.emotion), i)[0]
+        acted = direction.act(spans, feeling.put_on(units[i:i + 1], np.asarray(row.emotion)), i)[0]
         controls = Controls(row.audio, acted, row.f_exp, row.f_tone, row.emotion)  # pyright: ignore
         yield Scene(controls, standing(i), picture)
 
