@@ -22,7 +22,7 @@ import pathlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,10 @@ from uajax.avatar import Avatar, Known, know, render
 from uajax.errors import UserError
 from uajax.progress import Progress
 from uajax.types import FPS, NEIGHBOURS, SAMPLE_RATE_HZ, Camera, Controls, Speech
+
+if TYPE_CHECKING:
+  from uajax.emotion.mien import Mien
+  from uajax.priors.extract import Extractors
 
 _LOG = logging.getLogger("uajax")
 CHUNK = 8  # frames a compiled call draws
@@ -127,7 +131,7 @@ def synthesize_all(
       used; disk full.
   """
   from uajax import media, runs  # the machine that trains may lack what media needs
-  from uajax.emotion import control, mien
+  from uajax.emotion import control
   from uajax.priors import extract
 
   if not recordings:
@@ -176,11 +180,8 @@ def synthesize_all(
   wanted = _emotion(extractors, emotion, intensity, emotion_reference)
   listen = listener(run, audio_weights, audio_windows)
   numbers = [source.numbers(i) for i in range(len(source))]
-  units, own = (np.stack([getattr(controls, name) for _, controls, *_ in numbers])
-                for name in ("action_units", "emotion"))
-  feeling = mien.learn(
-    extractors.prototypes if "emotion" in avatar.config.modalities else {}, own, units)
-  clip = Clip(source, [camera for camera, *_ in numbers], feeling.without(units, own))
+  feeling, units = bearing(avatar, extractors, [controls for _, controls, *_ in numbers])
+  clip = Clip(source, [camera for camera, *_ in numbers], units)
   shown = poses.turned_degrees(clip.cameras)
   if orbit is not None and orbit > shown:
     _LOG.warning("--orbit %g: the clip turns the head by %.0f degrees; farther round is guessed",
@@ -233,6 +234,18 @@ def synthesize_all(
         "intensity": intensity if emotion else None, "consent": consented})
     made.append(Film(outs[index], frames, frames / FPS))
   return made
+
+
+def bearing(avatar: Avatar, extractors: "Extractors", clip: list[Controls]
+            ) -> tuple["Mien", Float[np.ndarray, "n 6"]]:
+  """What feelings do to the face in the training frames, and their action units without that."""
+  from uajax.emotion import mien
+
+  units, felt = (np.stack([getattr(controls, name) for controls in clip])
+                 for name in ("action_units", "emotion"))
+  named = extractors.prototypes if "emotion" in avatar.config.modalities else {}
+  learnt = mien.learn(named, felt, units)
+  return learnt, learnt.without(units, felt)
 
 
 class Clip(NamedTuple):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from kernels.splat.project import BLUR, rotation, shade
 from uajax import direction, synthesize
 from uajax.avatar import Avatar, Deformation, Known, Layer, deform, know, render
-from uajax.emotion import control, mien
+from uajax.emotion import control
 from uajax.errors import UserError
 from uajax.poses import steady, walk
 from uajax.types import SAMPLE_RATE_HZ, Camera, Controls, Image, Motion, Speech
@@ -115,11 +115,8 @@ class Stage:
     self.cameras = [camera._replace(K=(grown @ camera.K).astype(np.float32))
                     for camera, *_ in numbers]
     self._blur = self._blurred()
-    units, own = (np.stack([getattr(controls, name) for _, controls, *_ in numbers])
-                  for name in ("action_units", "emotion"))
-    feels = "emotion" in self.avatar.config.modalities
-    self._mien = mien.learn(self.extractors.prototypes if feels else {}, own, units)
-    self._units = self._mien.without(units, own)
+    self._mien, self._units = synthesize.bearing(
+      self.avatar, self.extractors, [controls for _, controls, *_ in numbers])
     self._listen = synthesize.listener(run, audio_weights, None)
     self._known: Known = know(self.avatar)
     self._capacity: int | None = None
