@@ -24,8 +24,8 @@ demo:  ## a procedural person from nothing to a talking video in demo/, on any C
 test:  ## a process for every core, four at most; PROCESSES=0 runs all in this one
 	$(BIN)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not device and not slow" $(ARGS)
 
-test-device:  ## the kernels on the accelerator at hand
-	JAX_PLATFORMS= $(BIN)/python -m pytest -m device $(ARGS)
+test-device:  ## the kernels and the official code's values on the accelerator at hand
+	JAX_PLATFORMS= $(BIN)/python -m pytest -m "device or golden" $(ARGS)
 
 test-all:
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,7 +11,15 @@ from uajax.camera import from_opengl
 from uajax.errors import UserError
 from uajax.interop import load_official
 
+pytestmark = pytest.mark.golden
 CHECKPOINT = "golden/official/official_chkpnt_fuse_latest.pth"
+
+
+@pytest.fixture(autouse=True)
+def float32():
+  """As the values were made. Left alone, a GPU multiplies matrices in TF32, to three digits."""
+  with jax.default_matmul_precision("highest"):
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ def _pair(size=(24, 33)):
 
 
 @pytest.mark.parametrize("frame", [0, 1])
+@pytest.mark.golden
 def test_golden_ssim_and_l1(shared, frame):
   golden = np.load(shared(f"golden/official/official_frame{frame}.npz"))
   a, b = (jnp.moveaxis(jnp.asarray(golden[k]), 0, -1) for k in ("out_composite", "background"))

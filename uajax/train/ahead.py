@@ -101,6 +101,15 @@ class Ahead:
       self.waited_s += time.monotonic() - begun
     return answer
 
+  def at_hand(self, call: Call) -> bool:
+    """Whether calling for it waits for no compilation that is, or could be, done meanwhile."""
+    if not self.active:
+      return True
+    key = _key(call)
+    program = self._programs.get(key)
+    return program.done() if isinstance(program, concurrent.futures.Future) else (
+      key in self._programs)
+
   def prepare(self, upcoming: Iterable[Call], about: Hashable = None) -> None:
     """Has the next programs that are not known yet compiled, as many as threads are idle.
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from jaxtyping import Array, Float, UInt8
 
 from uajax import consent, hosts, metrics, runs, saving
 from uajax.avatar import Avatar, Layer, acquaint, init_motion, render
@@ -27,10 +28,9 @@ from uajax.train import feed, seeding, slots
 from uajax.train.ahead import Ahead, Call
 from uajax.train.outlook import Given, Outlook
 from uajax.train.step import State, enter, mesh_of, no_sums, phase_of, spread, turning_points
-from uajax.types import Frame
+from uajax.types import Camera, Controls, Frame
 
 GIVE_UP_AFTER = 20  # steps without a finite gradient in a row
-_draw = jax.jit(render)
 _log = logging.getLogger("uajax")
 
 
@@ -211,12 +211,14 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
     if end not in ends:
       continue
     count, changed = end - begun, None
-    shows = journal and (step % experiment.picture_every == 0 or step == stage.steps)
     if _grows(stage, step):
       state, changed = programs(outlook.growth(given._replace(state=state)))
-      state = slots.make_room(stage, state, changed)
+      state = slots.make_room(stage, state, changed, programs)
     if stage.name != "fuse" and step in turning_points(stage):
-      state = slots.give_up_spare(stage, state)
+      state = slots.give_up_spare(stage, state, programs)
+    # A picture on the way is not worth waiting for its program.
+    shows = journal and (step == stage.steps or (
+      step % experiment.picture_every == 0 and programs.at_hand(shown.drawing(state.avatar))))
     reached = time.monotonic()
     if step % experiment.log_every == 0 or step == stage.steps:
       report = {name: float(value) / count for name, value in sums.items()}
@@ -340,8 +342,8 @@ class Shown:
 
   def __init__(self, frame: Frame):
     self._truth = np.asarray(frame.image)
-    self._scene = (*jax.tree.map(jnp.asarray, (frame.controls, frame.camera)),
-                   jnp.asarray(frame.background, jnp.float32) / 255)
+    self._scene = jax.tree.map(
+      jnp.asarray, (frame.controls, frame.camera, frame.background, frame.image))
 
   def drawing(self, avatar: Avatar) -> Call:
     """The program that draws it; of a spread avatar the first process's copy is drawn."""
@@ -357,12 +359,20 @@ class Shown:
       held_out_psnr_db of the frame as both layers and the background now make it, whatever the
       stage: what runs of the same subject can be compared by while they train.
     """
-    image = programs(self.drawing(avatar))
-    layer = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}[stage.name]
-    layer = np.asarray(jnp.clip(layer, 0, 1) * 255 + 0.5).astype(np.uint8)
-    journal.picture(total, stage.name, np.concatenate([layer, self._truth], 1))
-    truth = jnp.asarray(self._truth, jnp.float32) / 255
-    return {"held_out_psnr_db": float(metrics.psnr(jnp.clip(image.composite, 0, 1), truth))}
+    layers, psnr = programs(self.drawing(avatar))
+    journal.picture(total, stage.name, np.concatenate([layers[stage.name], self._truth], 1))
+    return {"held_out_psnr_db": float(psnr)}
+
+
+@jax.jit
+def _draw(avatar: Avatar, controls: Controls, camera: Camera, background: UInt8[Array, "h w 3"],
+          truth: UInt8[Array, "h w 3"]) -> tuple[dict, Float[Array, ""]]:
+  """What each stage trains as bytes, and the PSNR of the whole."""
+  image = render(avatar, controls, camera, background / 255)
+  layers = {"fuse": image.composite, "face": image.face, "mouth": image.mouth}
+  bytes_of = lambda layer: (jnp.clip(layer, 0, 1) * 255 + 0.5).astype(jnp.uint8)
+  return (jax.tree.map(bytes_of, layers),
+          metrics.psnr(jnp.clip(image.composite, 0, 1), truth / 255))
 
 
 class Journal:

@@ -35,9 +35,13 @@ LONG = 20_000  # steps of one program that make it worth tuning
 
 
 def is_long(stage: Stage, step: int) -> bool:
-  """Whether the program of a step serves for so many that tuning it pays."""
+  """Whether the program of a step serves for so many that tuning it pays.
+
+  Never the mouth's: on an H200 its small products took 2.03 ms tuned and 1.72 ms untuned.
+  """
   turns = (0, *turning_points(stage))
-  return min(p for p in turns if p > step) - max(p for p in turns if p <= step) >= LONG
+  served = min(p for p in turns if p > step) - max(p for p in turns if p <= step)
+  return stage.name != "mouth" and served >= LONG
 
 
 class Given(NamedTuple):
@@ -109,21 +113,26 @@ class Outlook:
     experiment, stage, number = self._experiment, self._stage, self._number
     if fewer is not None:
       yield self._growth(stage, given)
-    if growing:
-      grown = given._replace(state=self._shapes(functools.partial(slots.grow, stage), given.state))
+    if growing and (larger := slots.growth(stage, given.state)):
+      grown = given._replace(state=slots.put(stage, given.state, self._answer(larger)))
+      yield larger
       yield self._steps(stage, step, capacity, grown)
       yield self._growth(stage, grown)
     if not known:
       return
-    yield self._drawing(given.state.avatar)
-    if fewer is not None:
-      fit = functools.partial(slots.keep, stage, fewer)
-      given = given._replace(state=self._shapes(fit, given.state))
+    now = given.state.avatar
+    if fewer is not None and fewer < len(getattr(now, stage.name).alive):
+      thinning = slots.thinning(stage, given.state, fewer)
+      yield thinning
+      given = given._replace(state=slots.put(stage, given.state, self._answer(thinning)))
     while True:
       turns = [self._steps(stage, point, capacity, given)
                for point in later if point < stage.steps]
       yield from turns[:1]
       yield self._drawing(given.state.avatar)
+      if now is not None:
+        yield self._drawing(now)  # the same one, unless slots are about to be given up
+        now = None
       yield from turns[1:]
       number += 1
       if number == len(experiment.stages()):
@@ -150,6 +159,10 @@ class Outlook:
   def _growth(self, stage: Stage, given: Given) -> Call:
     static = dict(experiment=self._experiment, stage=stage)
     return Call(grow_and_prune, static, (given.state, given.material, given.key))
+
+  def _answer(self, call: Call):
+    """The shapes of what a program returns."""
+    return self._shapes(functools.partial(call.function, **call.static), *call.arrays)
 
   def _shapes(self, function, tree):
     """Of what a function of shapes would return, spread over the devices that train."""

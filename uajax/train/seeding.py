@@ -39,13 +39,19 @@ def seed(stage: Stage, frames: Source, key) -> tuple[Splats, Alive]:
   points, colors = scatter(stage, frames, key) if stage.carve else _cube(stage, count, key)
   near = cKDTree(points).query(points, k=4)[0][:, 1:]
   raw = np.log(np.sqrt(np.maximum((near**2).mean(1), 1e-7)))
-  fill = lambda value, *width: jnp.zeros((slots, *width)).at[:count].set(value)
+
+  def fill(value, *width):  # by NumPy: of such small things a compiler would make forty programs
+    array = np.zeros((slots, *width), np.float32)
+    array[:count] = value
+    return array
+
   splats = Splats(
     means=fill(points, 3), raw_scales=fill(raw[:, None], 3),
-    quats=jnp.zeros((slots, 4)).at[:, 0].set(1.0),
-    logit_opacities=jnp.full((slots,), np.log(OPACITY / (1 - OPACITY)), jnp.float32),
-    sh_dc=fill((colors[:, None] - 0.5) / SH_0, 1, 3), sh_rest=jnp.zeros((slots, 8, 3)))
-  return splats, jnp.arange(slots) < count
+    quats=np.tile(np.float32([1, 0, 0, 0]), (slots, 1)),
+    logit_opacities=np.full(slots, np.log(OPACITY / (1 - OPACITY)), np.float32),
+    sh_dc=fill((colors[:, None] - 0.5) / SH_0, 1, 3),
+    sh_rest=np.zeros((slots, 8, 3), np.float32))
+  return jax.tree.map(jnp.asarray, (splats, np.arange(slots) < count))
 
 
 def scatter(

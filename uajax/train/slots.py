@@ -5,32 +5,49 @@ Programs are compiled for a number of slots, and a step costs what its slots cos
 
 import fractions
 import functools
+from typing import Any, NamedTuple
+
+import jax
 
 from uajax.config import Stage
 from uajax.train import densify
+from uajax.train.ahead import Ahead, Call
 from uajax.train.step import State
+from uajax.types import Alive, Splats
 
 FEWEST = 128  # what a program of the fusion's kernels takes at once
 FILLING = 0.6  # of the slots: so many are used when more will be wanted before long
 
 
-def make_room(stage: Stage, state: State, change: densify.Change) -> State:
+class Held(NamedTuple):
+  """All that slots hold."""
+
+  splats: Splats
+  alive: Alive
+  opt: Any  # the moments of the splats
+  stats: densify.Stats
+
+
+def make_room(stage: Stage, state: State, change: densify.Change, programs: Ahead) -> State:
   """More slots where growth found none left, up to the stage's limit."""
-  return grow(stage, state) if int(change.missed) else state
+  larger = growth(stage, state) if int(change.missed) else None
+  return state if larger is None else put(stage, state, programs(larger))
 
 
-def grow(stage: Stage, state: State) -> State:
-  """Half as many slots again, and next time what makes that twice as many."""
-  layer = getattr(state.avatar, stage.name)
-  slots = layer.alive.shape[0]
+def growth(stage: Stage, state: State) -> Call | None:
+  """The program that makes half as many slots again, and next time what makes that twice as many.
+
+  None where there are as many as there may be.
+  """
+  slots = len(getattr(state.avatar, stage.name).alive)
   more = _larger(stage, slots)
-  if more <= slots:
-    return state
-  splats, alive = densify.extend((layer.splats, layer.alive), slots, more)
-  return state.replace(
-    avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
-    opt=state.opt | {"splats": densify.extend(state.opt["splats"], slots, more)},
-    stats=densify.no_stats(more))
+  return Call(_extend, dict(more=more), (_take(stage, state),)) if more > slots else None
+
+
+@functools.partial(jax.jit, static_argnames="more")
+def _extend(held: Held, *, more: int) -> Held:
+  larger = densify.extend(held, len(held.alive), more)
+  return larger._replace(stats=densify.no_stats(more))
 
 
 def are_filling(stage: Stage, slots: int, used: int) -> bool:
@@ -49,11 +66,13 @@ def are_ample(slots: int, used: int) -> bool:
   return 2 * used <= slots == wanted(slots, used)
 
 
-def give_up_spare(stage: Stage, state: State) -> State:
+def give_up_spare(stage: Stage, state: State, programs: Ahead) -> State:
   """As many slots as are wanted; asked only where another program takes over anyway."""
   alive = getattr(state.avatar, stage.name).alive
   fewer = wanted(len(alive), int(alive.sum()))
-  return state if fewer == len(alive) else keep(stage, fewer, state)
+  if fewer == len(alive):
+    return state
+  return put(stage, state, programs(thinning(stage, state, fewer)))
 
 
 def wanted(slots: int, used: int) -> int:
@@ -66,11 +85,23 @@ def wanted(slots: int, used: int) -> int:
   return slots
 
 
-def keep(stage: Stage, fewer: int, state: State) -> State:
-  """What lives, in `fewer` slots."""
+def thinning(stage: Stage, state: State, fewer: int) -> Call:
+  """The program that moves what lives into `fewer` slots."""
+  return Call(_compact, dict(fewer=fewer), (_take(stage, state),))
+
+
+@functools.partial(jax.jit, static_argnames="fewer")
+def _compact(held: Held, *, fewer: int) -> Held:
+  return densify.compact(held, held.alive, fewer)
+
+
+def _take(stage: Stage, state: State) -> Held:
   layer = getattr(state.avatar, stage.name)
-  fit = functools.partial(densify.compact, alive=layer.alive, fewer=fewer)
-  splats, alive = fit((layer.splats, layer.alive))
-  return state.replace(
-    avatar=state.avatar.replace(**{stage.name: layer.replace(splats=splats, alive=alive)}),
-    opt=state.opt | {"splats": fit(state.opt["splats"])}, stats=fit(state.stats))
+  return Held(layer.splats, layer.alive, state.opt["splats"], state.stats)
+
+
+def put(stage: Stage, state: State, held: Held) -> State:
+  """The state with other slots in the layer that the stage trains."""
+  layer = getattr(state.avatar, stage.name).replace(splats=held.splats, alive=held.alive)
+  return state.replace(avatar=state.avatar.replace(**{stage.name: layer}),
+                       opt=state.opt | {"splats": held.opt}, stats=held.stats)

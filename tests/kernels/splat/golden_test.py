@@ -9,6 +9,7 @@ import pytest
 
 from kernels.splat import rasterize
 
+pytestmark = pytest.mark.golden
 NAMES = ("xyz", "scaling", "rotation", "opacity", "f_dc", "f_rest")
 
 

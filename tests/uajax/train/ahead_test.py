@@ -43,6 +43,23 @@ def test_what_was_prepared_is_used_and_what_was_not_works():
     assert programs.used == 1
 
 
+def test_a_program_is_at_hand_once_it_is_compiled():
+  hold = threading.Event()
+  shift = {"by": jnp.ones(())}
+  wanted, never = calls((2, 3), jnp.arange(3.0), shift)
+  with Ahead(threads=1) as programs:
+    compile_ = programs._compile
+    programs._compile = lambda call: hold.wait() and compile_(call)
+    programs.prepare([wanted])
+    assert not programs.at_hand(wanted) and not programs.at_hand(never)
+    hold.set()
+    programs._busy[0].result()
+    assert programs.at_hand(wanted) and not programs.at_hand(never)
+    programs(never)
+    assert programs.at_hand(calls((3,), jnp.arange(3.0), shift)[0])
+  assert Ahead(active=False).at_hand(never), "there each compiles as it is called"
+
+
 def test_functions_are_told_apart():
   same = jax.jit(lambda x, shift, power: {"sum": x}, static_argnames=("power",))
   with Ahead() as programs:

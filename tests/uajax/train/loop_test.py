@@ -177,7 +177,9 @@ def test_slots_that_nothing_lives_in_are_given_up():
   state = enter(tiny.face, whole)
   mu = jax.tree.map(lambda leaf: jnp.arange(float(leaf.size)).reshape(leaf.shape),
                     state.opt["splats"])
-  fitted = slots.give_up_spare(tiny.face, state.replace(opt=state.opt | {"splats": mu}))
+  programs = ahead.Ahead(active=False)
+  fitted = slots.give_up_spare(
+    tiny.face, state.replace(opt=state.opt | {"splats": mu}), programs)
   layer, before = fitted.avatar.face, whole.face.alive
   assert layer.alive.shape == (128,) == fitted.stats.grad.shape
   np.testing.assert_array_equal(layer.splats.means[layer.alive], whole.face.splats.means[before])
@@ -185,7 +187,7 @@ def test_slots_that_nothing_lives_in_are_given_up():
     if many.ndim and len(many) == 512:
       np.testing.assert_array_equal(few[layer.alive], many[before])
   assert fitted.avatar.mouth is state.avatar.mouth
-  assert slots.give_up_spare(tiny.face, fitted) is fitted
+  assert slots.give_up_spare(tiny.face, fitted, programs) is fitted
 
 
 def test_frames_read_from_disk_as_training_goes_give_the_same_bits(
