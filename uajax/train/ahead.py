@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,29 +70,20 @@ class Ahead:
     if self.active:
       sys.setswitchinterval(self._turn_s)
 
-  def __call__(self, call: Call, meanwhile: Callable[[], None] = lambda: None) -> Any:
-    """The function's answer.
-
-    Args:
-      meanwhile: done before the function is called: where its program is not at hand, while that is
-        being compiled and the interpreter idle.
-    """
+  def __call__(self, call: Call) -> Any:
+    """The function's answer."""
     function, static, arrays, _ = call
     key = _key(call)
     begun, known = time.monotonic(), key in self._programs
     program = self._programs.setdefault(key, None)
     if isinstance(program, concurrent.futures.Future):
-      meanwhile()
       with contextlib.suppress(Exception):  # it will be raised again below
         self._programs[key] = program = program.result()
         self.used += 1
         self.waited_s += time.monotonic() - begun
-    elif known or not self.active:
-      meanwhile()
-    else:
-      lowered = function.lower(*arrays, **static)
-      meanwhile()
-      self._programs[key] = program = compiled(lowered, tuned=call.long)
+    elif not known and self.active:
+      self._programs[key] = program = compiled(
+        function.lower(*arrays, **static), tuned=call.long)
       self.waited_s += time.monotonic() - begun
     if callable(program):
       return program(*arrays)

@@ -202,9 +202,9 @@ def _train_stage(run, number: int, stage: Stage, state: State, at: runs.Progress
   for end, chunk in fed.chunks(stage, key, step, ends):
     jax.block_until_ready(last)  # one chunk trains, one is at hand: more would fill the memory
     given = Given(state, sums, jnp.asarray(end - step), fed.material, chunk, key)
-    state, sums = programs(
-      outlook.steps(step, at.capacity, given),
-      meanwhile=functools.partial(foresee, given) if running is None else lambda: None)
+    state, sums = programs(outlook.steps(step, at.capacity, given))
+    if running is None:  # not before: the first program, from disk or compiled, is waited for
+      foresee(given._replace(state=state))
     last, running = running, sums
     progress.advance(end - step, f"{stage.name} {phase_of(stage, step)}")
     step = end

@@ -118,25 +118,6 @@ def test_time_spent_waiting_for_programs_is_told():
     assert 0 < once == programs.waited_s
 
 
-def test_a_program_that_nobody_foresaw_is_lowered_before_others_are_looked_for():
-  done = []
-
-  class Lowered:
-    def compile(self, compiler_options=None):
-      done.append("compile")
-      return lambda x: x + 1
-
-  class Slow:
-    def lower(self, x):
-      done.append("lower")
-      return Lowered()
-
-  with Ahead() as programs:
-    call, meanwhile = Call(Slow(), {}, (jnp.ones(()),)), lambda: done.append("meanwhile")
-    assert programs(call, meanwhile) == programs(call, meanwhile) == 2
-  assert done == ["lower", "meanwhile", "compile", "meanwhile"]
-
-
 def test_threads_take_short_turns_while_programs_are_compiled_ahead():
   usual = sys.getswitchinterval()
   with Ahead():
