@@ -43,15 +43,15 @@ def seed(stage: Stage, frames: Source, key) -> tuple[Splats, Alive]:
   def fill(value, *width):  # by NumPy: of such small things a compiler would make forty programs
     array = np.zeros((slots, *width), np.float32)
     array[:count] = value
-    return array
+    return jnp.asarray(array)
 
   splats = Splats(
     means=fill(points, 3), raw_scales=fill(raw[:, None], 3),
-    quats=np.tile(np.float32([1, 0, 0, 0]), (slots, 1)),
-    logit_opacities=np.full(slots, np.log(OPACITY / (1 - OPACITY)), np.float32),
+    quats=jnp.asarray(np.tile(np.array([1, 0, 0, 0], np.float32), (slots, 1))),
+    logit_opacities=jnp.asarray(np.full(slots, np.log(OPACITY / (1 - OPACITY)), np.float32)),
     sh_dc=fill((colors[:, None] - 0.5) / SH_0, 1, 3),
-    sh_rest=np.zeros((slots, 8, 3), np.float32))
-  return jax.tree.map(jnp.asarray, (splats, np.arange(slots) < count))
+    sh_rest=jnp.asarray(np.zeros((slots, 8, 3), np.float32)))
+  return splats, jnp.asarray(np.arange(slots) < count)
 
 
 def scatter(
