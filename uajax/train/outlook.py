@@ -120,19 +120,17 @@ class Outlook:
       yield self._growth(stage, grown)
     if not known:
       return
-    now = given.state.avatar
-    if fewer is not None and fewer < len(getattr(now, stage.name).alive):
+    drawings = [self._drawing(given.state.avatar)]
+    if fewer is not None and fewer < len(getattr(given.state.avatar, stage.name).alive):
       thinning = slots.thinning(stage, given.state, fewer)
       yield thinning
       given = given._replace(state=slots.put(stage, given.state, self._answer(thinning)))
+      drawings.insert(0, self._drawing(given.state.avatar))  # of these there will be more
     while True:
       turns = [self._steps(stage, point, capacity, given)
                for point in later if point < stage.steps]
       yield from turns[:1]
-      yield self._drawing(given.state.avatar)
-      if now is not None:
-        yield self._drawing(now)  # the same one, unless slots are about to be given up
-        now = None
+      yield from drawings
       yield from turns[1:]
       number += 1
       if number == len(experiment.stages()):
@@ -147,6 +145,7 @@ class Outlook:
           pictures=pictures._replace(background=pictures.image)))
       else:
         yield self._growth(stage, given)
+      drawings = [self._drawing(given.state.avatar)]
 
   def _steps(self, stage: Stage, step: int, capacity: int | None, given: Given) -> Call:
     state, sums, count, material, chunk, key = given
