@@ -15,9 +15,8 @@ def keep_names() -> None:
   Since JAX 0.11 a kernel is lowered with the name of the files that it would be dumped to, which
   numbers the kernels of a process; and JAX takes that for a part of the program when it looks in
   its cache on disk: a training that is resumed, whose kernels come in another order, could find
-  none of what had been compiled before. (That is not all: with names kept, a resumed training on
-  an H200 still compiled its largest program again.) Where kernels are to be dumped, they are
-  numbered as ever. Does nothing where JAX has no such names.
+  none of what had been compiled before. Where kernels are to be dumped, they are numbered as ever.
+  Does nothing where JAX has no such names.
   """
   if any(name.startswith("MOSAIC_GPU_DUMP") for name in os.environ):
     return
