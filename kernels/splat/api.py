@@ -15,7 +15,16 @@ from jaxtyping import Array, Float, Int
 
 from kernels import trial
 from kernels.splat import bins as binning
-from kernels.splat import moments, pallas, pallas_tpu, project, reference, tuning, xla
+from kernels.splat import (
+    moments,
+    pallas,
+    pallas_tpu,
+    project,
+    project_pallas,
+    reference,
+    tuning,
+    xla,
+)
 from kernels.varying import UNCHECKED, varies
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -173,8 +182,9 @@ def rasterize(
     "width", "height", "sh_degree", "extent", "attached", "implementation", "config", "capacity"))
 def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_degree, extent,
                attached, implementation, config, capacity):
+  backend = config.backend if implementation == "pallas" else None
   seen, shapes, values, dropped = _see(splats, viewmats, Ks, probe, width=width, height=height,
-                                       sh_degree=sh_degree, extent=extent)
+                                       sh_degree=sh_degree, extent=extent, backend=backend)
   cameras, n = seen.depth.shape
   if implementation == "reference":
     draw = functools.partial(reference.composite, attached=attached, width=width, height=height)
@@ -193,7 +203,7 @@ def _rasterize(splats, viewmats, Ks, backgrounds, probe, *, width, height, sh_de
                     dropped)
 
 
-def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
+def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent, backend=None):
   """Projects into all cameras: leaves [c n ...], shapes [c n 6], values [c n m], how many broke.
 
   The values are what splats show: colour, depth and features.
@@ -202,36 +212,32 @@ def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent):
   whole = (project.finite(means, project.LIMIT) & project.finite(scales, project.LIMIT)
            & project.finite(quats) & project.finite(opacities) & project.finite(colors)
            & project.finite(features))
+  settings = dict(width=width, height=height, extent=extent)
   # Keeping all that the projection went through takes a quarter of the memory of a large scene;
   # projecting anew going backward, a tenth of the time. Shading apart, less is at hand at once.
   @jax.checkpoint
   def shade(viewmat):
-    at, shown = _mend(whole, means, colors)
+    at, shown = project.mend(whole, means, colors)
     return shown if sh_degree is None else project.shade(at, shown, viewmat, sh_degree)
 
   def look(viewmat, K, probe):
     @jax.checkpoint
     def of(some):
-      means, quats, scales, opacities, whole, probe = some
-      means, quats, scales, opacities = _mend(whole, means, quats, scales, opacities)
-      seen = project.project(means, quats, scales, opacities, viewmat, K, probe, width=width,
-                             height=height, extent=extent, whole=whole)
-      return seen, moments.shapes(seen.xy, seen.conic, seen.opacity)
+      whole, probe, *splats = some
+      seen, shapes = project.see(*splats, viewmat[None], K[None],
+                                 None if probe is None else probe[None], whole, **settings)
+      return jax.tree.map(lambda x: x[0], (seen, shapes))
 
-    seen, shapes = _in_pieces(of, (means, quats, scales, opacities, whole, probe))
-    return seen, shapes, jnp.concatenate(
-        [shade(viewmat), seen.depth[:, None], *_mend(whole, features)], 1)
+    return _in_pieces(of, (whole, probe, means, quats, scales, opacities))
 
-  seen, shapes, values = jax.vmap(look)(viewmats, Ks, probe)
-  return seen, shapes, values, jnp.sum(~whole, dtype=jnp.int32)
-
-
-def _mend(whole, *arrays):
-  """Zeros in place of what is not whole [n], before anything is computed of it.
-
-  A NaN that is masked only afterwards would come back in the gradient.
-  """
-  return [jnp.where(whole.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0) for x in arrays]
+  if backend in pallas.BACKENDS and len(means) >= project_pallas.BLOCK:
+    seen, shapes = project_pallas.see(means, quats, scales, opacities, viewmats, Ks, probe, whole,
+                                      *settings.values(), backend)
+  else:
+    seen, shapes = jax.vmap(look)(viewmats, Ks, probe)
+  show = lambda viewmat, depth: jnp.concatenate(
+      [shade(viewmat), depth[:, None], *project.mend(whole, features)], 1)
+  return seen, shapes, jax.vmap(show)(viewmats, seen.depth), jnp.sum(~whole, dtype=jnp.int32)
 
 
 def _in_pieces(function, splats):

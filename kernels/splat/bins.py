@@ -104,7 +104,7 @@ def build(seen: Projected, tiles: Grid, capacity: int) -> Bins:
 
 
 def sum_by_splat(rows: Float[Array, "q w"], width: int, index: Int[Array, " p"], bins: Bins,
-                 tiles: Grid) -> Float[Array, "r k"]:
+                 tiles: Grid, blank: int | None = None) -> Float[Array, "r k"]:
   """Adds up the rows of each splat's pairs, in the same order every time.
 
   A CPU adds one row after the other; elsewhere that would take atomics, whose order is chance,
@@ -116,9 +116,11 @@ def sum_by_splat(rows: Float[Array, "q w"], width: int, index: Int[Array, " p"],
     index: the row of the pair in each place; without meaning for empty places.
     bins: the pairs.
     tiles: of one camera.
+    blank: the index of a row of zeros, if there is one. It saves masks as large as the index.
   """
   scatter = functools.partial(sum_by_scatter, width=width)
-  fetch = functools.partial(sum_by_runs, width=width, longest=tiles.columns * tiles.rows)
+  fetch = functools.partial(sum_by_runs, width=width, longest=tiles.columns * tiles.rows,
+                            blank=blank)
   return lax.platform_dependent(rows, index, bins, cpu=scatter, default=fetch)
 
 
@@ -128,13 +130,14 @@ def sum_by_scatter(rows, index, bins, width):
   return jax.ops.segment_sum(rows, bins.splats, len(bins.runs))
 
 
-def sum_by_runs(rows, index, bins, width, longest):
+def sum_by_runs(rows, index, bins, width, longest, blank=None):
   """`sum_by_splat`, all splats at once; none has more than `longest` pairs."""
   # Slots that hold no pair, because the ellipse misses the tile, have no row either.
-  index = _used(index, bins, len(rows))
+  blank = len(rows) if blank is None else blank
+  index = _used(index, bins, blank)
   index = jnp.zeros_like(index).at[bins.slots].set(index, unique_indices=True)
   fan = 8 if len(index) <= 4 * len(bins.runs) else 16  # 32 would not fuse any more
-  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan, width)
+  sums = _sum_runs(rows, index, bins.runs[:, 0], bins.runs[:, 1], longest, fan, width, blank)
   return lax.optimization_barrier(sums)  # or all that reads the sums would add up anew
 
 
@@ -143,31 +146,33 @@ def _used(index, bins, none):
   return jnp.where(jnp.arange(len(index), dtype=jnp.int32) < bins.starts[-1], index, none)
 
 
-def _sum_runs(rows, index, begins, ends, longest, fan, width):
-  """Sums of rows[index[begins:ends], :width] for each run; rows beyond the last are zero.
+def _sum_runs(rows, index, begins, ends, longest, fan, width, blank):
+  """Sums of rows[index[begins:ends], :width] for each run; a row is zero if `blank` or beyond.
 
   The first few rows of each run are added at once. The rest of the long runs is cut into
   pieces as short, and the pieces of one run make a run in turn.
   """
+  how = dict(mode="promise_in_bounds") if blank < len(rows) else dict(mode="fill", fill_value=0)
+
   def add(begins, ends):
     at = begins[:, None] + jnp.arange(fan, dtype=jnp.int32)[None, :]
-    here = jnp.where(at < ends[:, None], index.at[at].get(mode="clip"), len(rows))
-    return jnp.sum(rows.at[here, :width].get(mode="fill", fill_value=0), 1)
+    here = jnp.where(at < ends[:, None], index.at[at].get(mode="clip"), blank)
+    return jnp.sum(rows.at[here, :width].get(**how), 1)
 
   total = add(begins, ends)
   if longest <= fan:
     return total
   pieces = jnp.maximum(-(-(ends - begins) // fan) - 1, 0)
   last = jnp.cumsum(pieces, dtype=jnp.int32)
-  first = last - pieces
-  size = max(len(index) // fan, 1)
+  size = len(index) // fan + 1  # the last is blank
   piece = jnp.arange(size, dtype=jnp.int32)
   run = owner(last, size)
-  begin = begins[run] + fan * (piece - first[run] + 1)
+  first = jnp.where(run > 0, last[run - 1], 0)
+  begin = begins[run] + fan * (piece - first + 1)
   sums = add(begin, jnp.where(piece < last[-1], ends[run], begin))
-  leads = (piece == first[run]) & (piece < last[-1])
+  leads = (piece == first) & (piece < last[-1])
   sums = _sum_runs(sums, piece, piece, jnp.where(leads, last[run], piece), longest // fan, fan,
-                   width)
+                   width, size - 1)
   return total.at[jnp.where(leads, run, len(total) + piece)].add(
       sums, mode="drop", unique_indices=True)
 

@@ -28,13 +28,21 @@ def _forward(xy, conic, opacity):
 
 
 def _backward(residuals, moments):
-  conic, opacity = residuals
-  a, b, c = (conic[..., i] for i in range(3))
-  one, x, y, xx, xy, yy = (moments[..., i] for i in range(SHAPE))
-  return (jnp.stack([a * x + b * y, b * x + c * y], -1),
-          jnp.stack([-0.5 * xx, -xy, -0.5 * yy], -1),
-          # No pixel sees a splat of opacity 0.
-          one / jnp.where(opacity > 0, opacity, 1))
+  conic, peak = residuals
+  xy, conic = ellipse(*([z[..., i] for i in range(z.shape[-1])] for z in (moments, conic)))
+  return jnp.stack(xy, -1), jnp.stack(conic, -1), opacity(moments, peak)
+
+
+def opacity(moments: Float[Array, "... 6"], value: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The cotangent of opacities. No pixel sees one of 0."""
+  return moments[..., 0] / jnp.where(value > 0, value, 1)
+
+
+def ellipse(moments: Sequence, conic: Sequence) -> tuple[tuple, tuple]:
+  """Cotangents of the means (x, y) and of the conics (xx, xy, yy)."""
+  _, x, y, xx, xy, yy = moments
+  a, b, c = conic
+  return (a * x + b * y, b * x + c * y), (-0.5 * xx, -xy, -0.5 * yy)
 
 
 shapes.defvjp(_forward, _backward)

@@ -75,6 +75,9 @@ def _forward(shapes, values, bins, attached, tiles, config):
 
 def _backward(attached, tiles, config, residuals, d_shown):
   bins, pairs, starts, shown = residuals
+  # Or what is reckoned of the runs would be, and take memory, from the beginning.
+  runs, d_shown = lax.optimization_barrier((bins.runs, d_shown))
+  bins = bins._replace(runs=runs)
   t, m, width = len(starts), len(attached), pairs.shape[1]
   # All that each pixel shows, weighed by the cotangent.
   seen = [*(i for i in range(m) if attached[i]), m]
@@ -84,7 +87,7 @@ def _backward(attached, tiles, config, residuals, d_shown):
              (tiles.height // STRIP[1] * (m + 1), PIXELS))
   rows = BACKENDS[config.backend]().launch(body, t, None, scratch)(
       pairs, starts, jnp.diff(bins.starts), behind, d_shown)
-  sums = sum_by_splat(rows, SHAPE + m, _places(bins, starts), bins, tiles)
+  sums = sum_by_splat(rows, SHAPE + m, _places(bins, starts), bins, tiles, blank=len(rows) - 1)
   return sums[:, :SHAPE], sums[:, SHAPE:], None
 
 
@@ -107,9 +110,10 @@ def _pack(shapes, values, bins):
   ends = jnp.cumsum(-(-counts // WRITE) * WRITE, dtype=jnp.int32)
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
   size = len(bins.splats) + (WRITE - 1) * len(counts) + 2 * AHEAD
-  splats = jnp.full(size, len(table), jnp.int32).at[_places(bins, starts)].set(
+  # What rows hold that belong to no pair is nobody's concern, but that the last one is blank.
+  splats = jnp.zeros(size, jnp.int32).at[_places(bins, starts)].set(
       bins.splats, mode="drop", unique_indices=True)
-  return table.at[splats].get(mode="fill", fill_value=0), starts
+  return table.at[splats].get(mode="promise_in_bounds").at[-1].set(0), starts
 
 
 def _places(bins, starts):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.splat import moments
+
 NEAR = 0.2  # splats nearer than this along z are not drawn
 BLUR = 0.3  # px^2 added to the projected covariance
 ALPHA_MIN = 1 / 255  # a splat's share of a pixel below which it is skipped
@@ -40,6 +42,14 @@ def finite(x: Float[Array, "n ..."], limit: float = 1e15) -> Bool[Array, " n"]:
   return jnp.all(jnp.abs(flat) < limit, 1)  # a comparison with NaN is false
 
 
+def mend(whole: Bool[Array, " n"], *arrays: Array) -> list[Array]:
+  """Zeros in place of what is not whole [n], before anything is computed of it.
+
+  A NaN that is masked only afterwards would come back in the gradient.
+  """
+  return [jnp.where(whole.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0) for x in arrays]
+
+
 def project(
     means: Float[Array, "n 3"],
     quats: Float[Array, "n 4"],
@@ -54,38 +64,18 @@ def project(
     extent: str,
     whole: Bool[Array, " n"] | None = None,
 ) -> Projected:
-  """Projects finite splats into one camera; those that are not `whole` are invisible.
-
-  The determinant is summed from squares (Cauchy-Binet), so that the thinnest needle still has
-  a positive one.
-  """
-  ahead, x, y, z = _to_camera(means, viewmat, whole)
-  fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-  u, v = fx * x / z + cx, fy * y / z + cy
+  """Projects finite splats into one camera; those that are not `whole` are invisible."""
+  seen, z, mean, (xx, xy, yy), det = ellipses(
+      _columns(means), _columns(quats), _columns(scales), True if whole is None else whole,
+      viewmat, K, width, height)
+  u, v = mean
   if probe is not None:
     u, v = u + probe[:, 0], v + probe[:, 1]
-
-  # Rows of T = J W R S, 2x3: the linearised projection of the unit sphere. Far outside the
-  # image the linearisation explodes, hence the clamp.
-  margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy  # 0.3 tan(fov / 2)
-  slope_x = jnp.clip(x / z, -cx / fx - margin_x, (width - cx) / fx + margin_x)
-  slope_y = jnp.clip(y / z, -cy / fy - margin_y, (height - cy) / fy + margin_y)
-  w0, w1, w2 = viewmat[:3, :3]
-  jacobian_x = [fx / z * (w0[i] - slope_x * w2[i]) for i in range(3)]
-  jacobian_y = [fy / z * (w1[i] - slope_y * w2[i]) for i in range(3)]
-  axes = _rotation(quats)
-  s = _columns(scales)
-  t0, t1 = ([s[k] * _dot(row, [axes[i][k] for i in range(3)]) for k in range(3)]
-            for row in (jacobian_x, jacobian_y))
-  xx, xy, yy = _dot(t0, t0), _dot(t0, t1), _dot(t1, t1)
-  cross = [t0[i - 2] * t1[i - 1] - t0[i - 1] * t1[i - 2] for i in range(3)]
-  det = _dot(cross, cross) + BLUR * (xx + yy) + BLUR**2
-  xx, yy = xx + BLUR, yy + BLUR
-  conic = yy / det, -xy / det, xx / det
+  conic = conics(xx, xy, yy, det)
 
   radius, rect = support(*map(jax.lax.stop_gradient, (u, v, xx, yy, det, opacities)),
                          width=width, height=height, extent=extent)
-  seen = ahead & (rect[:, 1] > rect[:, 0]) & (rect[:, 3] > rect[:, 2])
+  seen &= (rect[:, 1] > rect[:, 0]) & (rect[:, 3] > rect[:, 2])
   return Projected(
       jnp.stack([jnp.where(seen, u, 0), jnp.where(seen, v, 0)], 1), z,
       jnp.stack([jnp.where(seen, a, b) for a, b in zip(conic, (1, 0, 1), strict=True)], 1),
@@ -93,12 +83,85 @@ def project(
       jnp.where(seen, radius, 0))
 
 
-def _to_camera(means, viewmat, whole):
-  """Which splats lie ahead, and x, y, z [n] in camera axes; 0, 0, 1 for the others."""
-  p = _columns(means)
-  x, y, z = (_dot(row[:3], p) + row[3] for row in viewmat[:3])
-  ahead = z > NEAR if whole is None else (z > NEAR) & whole
-  return ahead, jnp.where(ahead, x, 0), jnp.where(ahead, y, 0), jnp.where(ahead, z, 1)
+def see(
+    means: Float[Array, "n 3"],
+    quats: Float[Array, "n 4"],
+    scales: Float[Array, "n 3"],
+    opacities: Float[Array, " n"],
+    viewmats: Float[Array, "c 4 4"],
+    Ks: Float[Array, "c 3 3"],
+    probe: Float[Array, "c n 2"] | None,
+    whole: Bool[Array, " n"],
+    **settings,
+) -> tuple[Projected, Float[Array, "c n 6"]]:
+  """`project` into all cameras (leaves [c n ...]), and the shapes to be composited.
+
+  Splats that are not `whole` may hold anything.
+  """
+  means, quats, scales, opacities = mend(whole, means, quats, scales, opacities)
+
+  def look(viewmat, K, probe):
+    seen = project(means, quats, scales, opacities, viewmat, K, probe, whole=whole, **settings)
+    return seen, moments.shapes(seen.xy, seen.conic, seen.opacity)
+
+  return jax.vmap(look)(viewmats, Ks, probe)
+
+
+def ellipses(means, quats, scales, whole, viewmat, K, width: int, height: int):
+  """The projection itself, of columns [n] and of components of the camera one at a time.
+
+  So it can be traced by kernels, which have no stacks.
+
+  Args:
+    means, quats, scales: three, four and three columns.
+    whole: [n], which are projected at all.
+    viewmat, K: indexed by row and column.
+
+  Returns:
+    Whether each lies ahead [n], its depth (1 if not), its mean (u, v) in px, its covariance
+    (xx, xy, yy) in px^2 with the blur in it, and the determinant of that, which is summed from
+    squares (Cauchy-Binet), so that the thinnest needle still has a positive one.
+  """
+  turn = [[viewmat[i, j] for j in range(3)] for i in range(3)]
+  x, y, z = (_dot(turn[i], means) + viewmat[i, 3] for i in range(3))
+  ahead = (z > NEAR) & whole
+  x, y, z = jnp.where(ahead, x, 0.0), jnp.where(ahead, y, 0.0), jnp.where(ahead, z, 1.0)
+  fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+  near = inverse(z)
+  x, y = x * near, y * near
+
+  # Rows of T = J W R S, 2x3: the linearised projection of the unit sphere. Far outside the
+  # image the linearisation explodes, hence the clamp.
+  margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy  # 0.3 tan(fov / 2)
+  slope_x = jnp.clip(x, -cx / fx - margin_x, (width - cx) / fx + margin_x)
+  slope_y = jnp.clip(y, -cy / fy - margin_y, (height - cy) / fy + margin_y)
+  jacobian_x = [fx * near * (turn[0][i] - slope_x * turn[2][i]) for i in range(3)]
+  jacobian_y = [fy * near * (turn[1][i] - slope_y * turn[2][i]) for i in range(3)]
+  axes = _rotation(quats)
+  t0, t1 = ([s * _dot(row, [axes[i][k] for i in range(3)]) for k, s in enumerate(scales)]
+            for row in (jacobian_x, jacobian_y))
+  xx, xy, yy = _dot(t0, t0), _dot(t0, t1), _dot(t1, t1)
+  cross = [t0[i - 2] * t1[i - 1] - t0[i - 1] * t1[i - 2] for i in range(3)]
+  det = _dot(cross, cross) + BLUR * (xx + yy) + BLUR**2
+  return ahead, z, (fx * x + cx, fy * y + cy), (xx + BLUR, xy, yy + BLUR), det
+
+
+def conics(xx, xy, yy, det):
+  """Inverse covariances (xx, xy, yy)."""
+  scale = inverse(det)
+  return yy * scale, -xy * scale, xx * scale
+
+
+@jax.custom_jvp
+def inverse(x):
+  """1 / x, whose derivative is told by it: JAX's own takes a power that kernels do not have."""
+  return 1 / x
+
+
+@inverse.defjvp
+def _inverse_jvp(primals, tangents):
+  inverted = 1 / primals[0]
+  return inverted, -inverted * inverted * tangents[0]
 
 
 def _columns(x):
@@ -140,12 +203,12 @@ def support(u, v, xx, yy, det, opacity, *, width: int, height: int, extent: str)
 
 def rotation(quats: Float[Array, "n 4"]) -> Float[Array, "n 3 3"]:
   """Rotation matrices of quaternions wxyz of any length; below 1e-12 they turn nothing."""
-  return jnp.stack([jnp.stack(row, 1) for row in _rotation(quats)], 1)
+  return jnp.stack([jnp.stack(row, 1) for row in _rotation(_columns(quats))], 1)
 
 
 def _rotation(quats):
-  """Rows of `rotation`, as lists of components [n]."""
-  w, x, y, z = _columns(quats)
+  """Rows of `rotation`, as lists of components [n], from four columns."""
+  w, x, y, z = quats
   squared = w * w + x * x + y * y + z * z
   scale = jax.lax.rsqrt(jnp.where(squared > SHORT, squared, 1))
   w, x, y, z = (q * scale for q in (w, x, y, z))

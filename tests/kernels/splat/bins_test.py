@@ -106,13 +106,16 @@ def test_sums_by_splat_are_sums(capacity):
       np.testing.assert_allclose(total, expected[:, :width], atol=1e-5)
 
 
+@pytest.mark.parametrize("blank", (False, True))
 @pytest.mark.parametrize("fan", (pytest.param(8, marks=pytest.mark.slow), 32))
-def test_the_longest_runs_are_summed(fan):
+def test_the_longest_runs_are_summed(fan, blank):
   lengths = np.array([0, 1, 16, 17, 0, 300, 1500, 33, 0])
   ends = jnp.asarray(lengths.cumsum(), jnp.int32)
   rows = jax.random.normal(jax.random.key(0), (int(ends[-1]), 3))
   index = jax.random.permutation(jax.random.key(1), len(rows))
-  got = bins._sum_runs(rows, index, ends - lengths, ends, 1500, fan, 2)
+  if blank:
+    rows = jnp.concatenate([rows, jnp.zeros((1, 3))])
+  got = bins._sum_runs(rows, index, ends - lengths, ends, 1500, fan, 2, int(ends[-1]))
   expected = np.zeros((len(lengths), 2))
   np.add.at(expected, np.repeat(np.arange(len(lengths)), lengths), np.asarray(rows[index, :2]))
   np.testing.assert_allclose(got, expected, atol=1e-3)
