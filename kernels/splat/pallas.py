@@ -38,7 +38,8 @@ STRIP = 16, 8  # px: a pixel for each thread of a warpgroup; a tile is some stri
 PIXELS = STRIP[0] * STRIP[1]
 AHEAD = 128  # pairs fetched at once going forward
 BACK = 64  # and backward: as many rows as the matrices of gradients have
-PITCH = PIXELS + 8  # of those rows in shared memory: neighbours lie in different banks
+PITCH = PIXELS + 4  # of those rows in shared memory: neighbours lie in different banks
+REDUCTION = 512  # bytes of shared memory for sums over threads
 WRITE = 32  # rows of gradients written at once: a tile's pairs begin at a multiple of it
 MOST = 64  # channels that registers and shared memory hold
 LOG2_E = math.log2(math.e)
@@ -83,8 +84,7 @@ def _backward(attached, tiles, config, residuals, d_shown):
   seen = [*(i for i in range(m) if attached[i]), m]
   behind = sum(d_shown[:, i] * shown[:, i] for i in seen)
   body = functools.partial(_backward_body, tiles=tiles, attached=attached)
-  scratch = ((BACK, width), (BACK, width + -width % 8), (BACK, PITCH), (BACK, PITCH),
-             (tiles.height // STRIP[1] * (m + 1), PIXELS))
+  scratch = (BACK, width), (BACK, PITCH), (BACK, PITCH), (m + 1, PIXELS)
   rows = BACKENDS[config.backend]().launch(body, t, None, scratch)(
       pairs, starts, jnp.diff(bins.starts), behind, d_shown)
   sums = sum_by_splat(rows, SHAPE + m, _places(bins, starts), bins, tiles, blank=len(rows) - 1)
@@ -149,23 +149,21 @@ def _blend(chunk, at, x, y, light, shown):
 
 
 def _backward_body(on, tile, pairs, starts, counts, behind, d_shown, rows_out,
-                   chunk, written, slopes, shares, g_pixels, *, tiles, attached):
+                   chunk, slopes, shares, g_pixels, *, tiles, attached):
   begin, end = starts[tile], starts[tile] + counts[tile]
   m, width = len(attached), rows_out.shape[1]
   seen = [i for i in range(m) if attached[i]]
   strips = range(tiles.height // STRIP[1])
   start = []
   for strip in strips:
-    here = pl.ds(strip * PIXELS, PIXELS)
-    for i in range(m + 1):
-      g_pixels[strip * (m + 1) + i] = d_shown[tile, i, here]
-    all_of_it = behind[tile, here]
+    all_of_it = behind[tile, pl.ds(strip * PIXELS, PIXELS)]
     start.append((1 + 0 * all_of_it, all_of_it))
 
   def gather(strip, at, carry):
     """Moments of a chunk's splats over a strip, as columns about each splat's mean."""
     x, y = _pixels(on, tile, strip, tiles)
-    g = {i: on.load(g_pixels.at[strip * (m + 1) + i], on.pixels) for i in (*seen, m)}
+    g = [on.load(d_shown.at[tile, i, pl.ds(strip * PIXELS, PIXELS)], on.pixels)
+         for i in range(m + 1)]
 
     def unblend(at, carry):
       light, behind = carry
@@ -182,9 +180,11 @@ def _backward_body(on, tile, pairs, starts, counts, behind, d_shown, rows_out,
       return light, behind
 
     on.barrier()  # nobody reads the last strip's matrices any more
+    for i, cotangent in enumerate(g):
+      g_pixels[i] = cotangent
     carry = _each(jnp.minimum(BACK, end - at), unblend, carry)
     on.barrier()
-    moments = _moments(on, slopes, shares, g_pixels, strip * (m + 1), m)
+    moments = _moments(on, slopes, shares, g_pixels, m)
     # Those were about the strip's middle.
     px, py = (middle - on.load(chunk.at[:, i], on.rows)
               for i, middle in enumerate(_middle(tile, strip, tiles)))
@@ -196,16 +196,19 @@ def _backward_body(on, tile, pairs, starts, counts, behind, d_shown, rows_out,
     for strip in strips:
       carry[strip], moments = gather(strip, at, carry[strip])
       row = [a + b for a, b in zip(row, moments, strict=True)] if row else moments
+    # By way of a matrix that is done with, so that three programs share a processor.
+    written = slopes.at[:, pl.ds(0, width + -width % 8)]
     field = on.iota(written.shape, 1, on.matrix)
     together = jnp.zeros(field.shape, jnp.float32)
     for i, numbers in enumerate(row):
       together = jnp.where(field == i, lax.broadcast_in_dim(numbers, field.shape, (0,)), together)
+    on.barrier()
     written[...] = together
     on.barrier()
 
     def write(i, _):
       rows_out[pl.ds(at + i * WRITE, WRITE)] = on.load(
-          written.at[pl.ds(i * WRITE, WRITE), pl.ds(0, width)], on.lines(width))
+          slopes.at[pl.ds(i * WRITE, WRITE), pl.ds(0, width)], on.lines(width))
       return _
 
     lax.fori_loop(0, -(-jnp.minimum(BACK, end - at) // WRITE), write, 0)
@@ -220,9 +223,9 @@ def _backward_body(on, tile, pairs, starts, counts, behind, d_shown, rows_out,
   lax.while_loop(lambda at: at < end, clear, reached)
 
 
-def _moments(on, slopes, shares, g_pixels, first, m):
+def _moments(on, slopes, shares, g_pixels, m):
   """Sums over a strip's pixels, for each row: of slopes times 1, x, y, xx, xy, yy about its
-  middle, and of shares times each channel's cotangent, which begin at row `first`."""
+  middle, and of shares times each channel's cotangent."""
   wide, high = STRIP
   lines = [pl.ds(wide * j, wide) for j in range(high)]
   x = on.iota((BACK, wide), 1, on.matrix).astype(jnp.float32) - (wide - 1) / 2
@@ -237,7 +240,7 @@ def _moments(on, slopes, shares, g_pixels, first, m):
     for line in lines:
       share = on.load(shares.at[:, line], on.matrix)
       totals = [total + share * lax.broadcast_in_dim(
-          on.load(g_pixels.at[first + i, line], on.columns), share.shape, (1,))
+          on.load(g_pixels.at[i, line], on.columns), share.shape, (1,))
                 for i, total in zip(channels, totals, strict=True)]
     sums += [jnp.sum(total, 1) for total in totals]
   return sums
@@ -351,6 +354,7 @@ class _Mosaic:
           scratch_types=[self._gpu.SMEM(shape, jnp.float32) for shape in scratch],
           compiler_params=self._gpu.CompilerParams(
               lowering_semantics=self._gpu.LoweringSemantics.Lane,
+              reduction_scratch_bytes=REDUCTION,
               unsafe_no_auto_barriers=True))  # `barrier` stands wherever one is needed
 
     def run(*refs):
