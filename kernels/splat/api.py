@@ -212,32 +212,43 @@ def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent, backe
   whole = (project.finite(means, project.LIMIT) & project.finite(scales, project.LIMIT)
            & project.finite(quats) & project.finite(opacities) & project.finite(colors)
            & project.finite(features))
+  cameras = viewmats, Ks, probe
   settings = dict(width=width, height=height, extent=extent)
-  # Keeping all that the projection went through takes a quarter of the memory of a large scene;
-  # projecting anew going backward, a tenth of the time. Shading apart, less is at hand at once.
-  @jax.checkpoint
-  def shade(viewmat):
-    at, shown = project.mend(whole, means, colors)
-    return shown if sh_degree is None else project.shade(at, shown, viewmat, sh_degree)
+  if backend in pallas.BACKENDS and len(means) >= project_pallas.BLOCK:
+    seen, shapes = project_pallas.see(means, quats, scales, opacities, *cameras, whole, **settings,
+                                      backend=backend)
+    shade = functools.partial(project_pallas.shade, backend=backend)
+  else:
+    seen, shapes = _project(means, quats, scales, opacities, *cameras, whole, **settings)
+    # Keeping what the shading went through takes memory; shading anew going backward, little time.
+    shade = jax.checkpoint(project.shade_all, static_argnums=4)
+  if sh_degree is None:
+    shown, = project.mend(whole, colors)
+    shown = jnp.broadcast_to(shown[None], (len(viewmats), *shown.shape))
+  else:
+    shown = shade(means, colors, viewmats, whole, sh_degree)
+  features, = project.mend(whole, features)
+  show = lambda shown, depth: jnp.concatenate([shown, depth[:, None], features], 1)
+  return seen, shapes, jax.vmap(show)(shown, seen.depth), jnp.sum(~whole, dtype=jnp.int32)
 
+
+def _project(means, quats, scales, opacities, viewmats, Ks, probe, whole, **settings):
+  """`project.see`, one camera after another and many splats in pieces.
+
+  Keeping all that the projection went through takes a quarter of the memory of a large scene;
+  projecting anew going backward, a tenth of the time.
+  """
   def look(viewmat, K, probe):
     @jax.checkpoint
     def of(some):
       whole, probe, *splats = some
-      seen, shapes = project.see(*splats, viewmat[None], K[None],
-                                 None if probe is None else probe[None], whole, **settings)
-      return jax.tree.map(lambda x: x[0], (seen, shapes))
+      seen = project.see(*splats, viewmat[None], K[None], None if probe is None else probe[None],
+                         whole, **settings)
+      return jax.tree.map(lambda x: x[0], seen)
 
     return _in_pieces(of, (whole, probe, means, quats, scales, opacities))
 
-  if backend in pallas.BACKENDS and len(means) >= project_pallas.BLOCK:
-    seen, shapes = project_pallas.see(means, quats, scales, opacities, viewmats, Ks, probe, whole,
-                                      *settings.values(), backend)
-  else:
-    seen, shapes = jax.vmap(look)(viewmats, Ks, probe)
-  show = lambda viewmat, depth: jnp.concatenate(
-      [shade(viewmat), depth[:, None], *project.mend(whole, features)], 1)
-  return seen, shapes, jax.vmap(show)(viewmats, seen.depth), jnp.sum(~whole, dtype=jnp.int32)
+  return jax.vmap(look)(viewmats, Ks, probe)
 
 
 def _in_pieces(function, splats):

@@ -329,8 +329,8 @@ class _Mosaic:
     self.rows, self.columns = self.matrix.reduce(1), self.matrix.reduce(0)
     self.pixels = mosaic_gpu.Layout.WG_STRIDED((PIXELS,), vec_size=1)
 
-  def lines(self, width):
-    return self._gpu.Layout.WG_STRIDED((WRITE, width), vec_size=1)
+  def lines(self, width, count=WRITE):
+    return self._gpu.Layout.WG_STRIDED((count, width), vec_size=1)
 
   def zeros(self, width):
     return self._gpu.layout_cast(jnp.zeros((WRITE, width), jnp.float32), self.lines(width))
@@ -347,7 +347,10 @@ class _Mosaic:
     self._gpu.commit_smem()
 
   def launch(self, body, programs, out, scratch):
-    """A function that runs the body; without `out` it writes over its first argument."""
+    """A function that runs the body; without `out` it writes over its first argument.
+
+    `out` is the shape of what it returns, or a tuple of such.
+    """
     def call(out_type, run):
       return self._gpu.kernel(
           run, out_type=out_type, grid=(programs,), grid_names=("tile",),
@@ -365,6 +368,8 @@ class _Mosaic:
       call((), lambda *refs: run(*refs[:k], refs[0], *refs[k:]))(ref, *rest)
       return jax.freeze(ref)
 
+    if isinstance(out, tuple):
+      return call(out, run)
     if out is not None:
       return lambda *args: call((out,), run)(*args)[0]
     # Kernels of 0.10 take no references under their rule for `vmap`.
@@ -377,8 +382,8 @@ class _Interpreter:
 
   matrix = rows = columns = pixels = None
 
-  def lines(self, width):
-    del width
+  def lines(self, width, count=WRITE):
+    del width, count
 
   def zeros(self, width):
     return jnp.zeros((WRITE, width), jnp.float32)

@@ -127,41 +127,40 @@ def ellipses(means, quats, scales, whole, viewmat, K, width: int, height: int):
   ahead = (z > NEAR) & whole
   x, y, z = jnp.where(ahead, x, 0.0), jnp.where(ahead, y, 0.0), jnp.where(ahead, z, 1.0)
   fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-  near = inverse(z)
-  x, y = x * near, y * near
+  u, v = quotient(fx * x, z) + cx, quotient(fy * y, z) + cy
 
   # Rows of T = J W R S, 2x3: the linearised projection of the unit sphere. Far outside the
   # image the linearisation explodes, hence the clamp.
   margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy  # 0.3 tan(fov / 2)
-  slope_x = jnp.clip(x, -cx / fx - margin_x, (width - cx) / fx + margin_x)
-  slope_y = jnp.clip(y, -cy / fy - margin_y, (height - cy) / fy + margin_y)
-  jacobian_x = [fx * near * (turn[0][i] - slope_x * turn[2][i]) for i in range(3)]
-  jacobian_y = [fy * near * (turn[1][i] - slope_y * turn[2][i]) for i in range(3)]
+  slope_x = jnp.clip(quotient(x, z), -cx / fx - margin_x, (width - cx) / fx + margin_x)
+  slope_y = jnp.clip(quotient(y, z), -cy / fy - margin_y, (height - cy) / fy + margin_y)
+  zoom_x, zoom_y = quotient(fx, z), quotient(fy, z)
+  jacobian_x = [zoom_x * (turn[0][i] - slope_x * turn[2][i]) for i in range(3)]
+  jacobian_y = [zoom_y * (turn[1][i] - slope_y * turn[2][i]) for i in range(3)]
   axes = _rotation(quats)
   t0, t1 = ([s * _dot(row, [axes[i][k] for i in range(3)]) for k, s in enumerate(scales)]
             for row in (jacobian_x, jacobian_y))
   xx, xy, yy = _dot(t0, t0), _dot(t0, t1), _dot(t1, t1)
   cross = [t0[i - 2] * t1[i - 1] - t0[i - 1] * t1[i - 2] for i in range(3)]
   det = _dot(cross, cross) + BLUR * (xx + yy) + BLUR**2
-  return ahead, z, (fx * x + cx, fy * y + cy), (xx + BLUR, xy, yy + BLUR), det
+  return ahead, z, (u, v), (xx + BLUR, xy, yy + BLUR), det
 
 
 def conics(xx, xy, yy, det):
   """Inverse covariances (xx, xy, yy)."""
-  scale = inverse(det)
-  return yy * scale, -xy * scale, xx * scale
+  return quotient(yy, det), quotient(-xy, det), quotient(xx, det)
 
 
 @jax.custom_jvp
-def inverse(x):
-  """1 / x, whose derivative is told by it: JAX's own takes a power that kernels do not have."""
-  return 1 / x
+def quotient(x, y):
+  """x / y, whose derivative takes no power of y: kernels have none."""
+  return x / y
 
 
-@inverse.defjvp
-def _inverse_jvp(primals, tangents):
-  inverted = 1 / primals[0]
-  return inverted, -inverted * inverted * tangents[0]
+@quotient.defjvp
+def _quotient_jvp(primals, tangents):
+  (x, y), (dx, dy) = primals, tangents
+  return x / y, (dx - x / y * dy) / y
 
 
 def _columns(x):
@@ -224,17 +223,35 @@ def shade(
     degree: int,
 ) -> Float[Array, "n 3"]:
   """Colours >= 0 that spherical harmonics show to a camera; 0.5 is what zeros show."""
-  rotate, shift = viewmat[:3, :3], viewmat[:3, 3]
-  # The centre of the camera is minus the transposed rotation times the shift.
-  away = [p + _dot(rotate[:, i], shift) for i, p in enumerate(_columns(means))]
-  squared = _dot(away, away)
-  scale = jax.lax.rsqrt(jnp.where(squared > SHORT, squared, 1))
-  x, y, z = (a * scale for a in away)
-  basis = harmonics(x, y, z, degree)
+  basis = shading(_columns(means), viewmat, degree)
   # A sum of terms, since a product of stacks would leave the stacks in memory.
   bands = jax.lax.split(colors[:, :len(basis)], (1,) * len(basis), 1)
   shown = sum(b[:, None] * band[:, 0] for b, band in zip(basis, bands, strict=True))
   return jnp.maximum(shown + 0.5, 0)
+
+
+def shade_all(
+    means: Float[Array, "n 3"],
+    colors: Float[Array, "n k 3"],
+    viewmats: Float[Array, "c 4 4"],
+    whole: Bool[Array, " n"],
+    degree: int,
+) -> Float[Array, "c n 3"]:
+  """`shade` for all cameras; splats that are not `whole` may hold anything."""
+  means, colors = mend(whole, means, colors)
+  return jax.vmap(lambda viewmat: shade(means, colors, viewmat, degree))(viewmats)
+
+
+def shading(means, viewmat, degree: int) -> list[Float[Array, " n"]]:
+  """How much of each harmonic a camera sees, of columns as in `ellipses`."""
+  turn = [[viewmat[i, j] for j in range(3)] for i in range(3)]
+  shift = [viewmat[i, 3] for i in range(3)]
+  # The centre of the camera is minus the transposed rotation times the shift.
+  away = [p + _dot([row[i] for row in turn], shift) for i, p in enumerate(means)]
+  squared = _dot(away, away)
+  scale = jax.lax.rsqrt(jnp.where(squared > SHORT, squared, 1.0))
+  x, y, z = (a * scale for a in away)
+  return harmonics(x, y, z, degree)
 
 
 def harmonics(x: Float[Array, " n"], y: Float[Array, " n"], z: Float[Array, " n"],

@@ -1,11 +1,11 @@
-"""The projection's gradient as a Pallas kernel for NVIDIA GPUs: one thread a splat.
+"""Gradients of projection and shading as Pallas kernels for NVIDIA GPUs: one thread a splat.
 
-Left to XLA it falls apart into several kernels, between which tens of numbers a splat go through
+Left to XLA they fall apart into several kernels, between which tens of numbers a splat go through
 memory. Here a splat's values and cotangents are read once, and its gradient is written once; what
 lies between is the projection itself, differentiated by JAX within the kernel. Going forward,
 plain XLA does as well.
 
-Axes: c cameras, n splats.
+Axes: c cameras, n splats, k spherical harmonics.
 """
 
 import functools
@@ -71,7 +71,7 @@ def _backward(width, height, extent, backend, residuals, cotangents):
 
   _, to_cameras = jax.vjp(of_cameras, viewmats, Ks)
   return (d_means, d_quats, d_scales,
-          jnp.where(whole, moments.opacity(shapes, opacities).sum(0), 0),
+          jnp.where(whole, moments.opacity(shapes.sum(0), opacities), 0),
           *to_cameras(cotangents),
           jnp.swapaxes(d_probe.reshape(n, cameras, 2), 0, 1) if probed else None, None)
 
@@ -81,19 +81,16 @@ see.defvjp(_forward, _backward)
 
 def _body(on, block, means, quats, scales, whole, viewmats, Ks, shapes, depth, out, *, width,
           height, probed):
-  n = len(means)
-  here = pl.ds(jnp.minimum(block * BLOCK, n - BLOCK), BLOCK)  # the last blocks overlap
+  here, kept = _block(on, block, whole)
 
   def columns(ref, count):
     return [on.load(ref.at[here, i], on.pixels) for i in range(count)]
 
-  kept = on.load(whole.at[here], on.pixels) > 0
   learnt = [[jnp.where(kept, x, 0.0) for x in columns(ref, k)]
             for ref, k in zip((means, quats, scales), LEARNT, strict=True)]
   total = []
   for camera in range(viewmats.shape[0]):
-    viewmat, K = ({(i, j): ref[camera, i, j] for i in range(3) for j in range(k)}
-                  for ref, k in ((viewmats, 4), (Ks, 3)))
+    viewmat, K = _matrix(viewmats, camera, 4), _matrix(Ks, camera, 3)
 
     def look(means, quats, scales, viewmat=viewmat, K=K):
       _, z, mean, covariance, det = project.ellipses(
@@ -112,7 +109,85 @@ def _body(on, block, means, quats, scales, whole, viewmats, Ks, shapes, depth, o
     for i, slope in enumerate((u, v) if probed else ()):
       out[here, sum(LEARNT) + 2 * camera + i] = slope
   for i, slope in enumerate(total):
-    out[here, i] = slope
+    out[here, i] = jnp.where(kept, slope, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def shade(
+    means: Float[Array, "n 3"],
+    colors: Float[Array, "n k 3"],
+    viewmats: Float[Array, "c 4 4"],
+    whole: Bool[Array, " n"],
+    degree: int,
+    backend: str,
+) -> Float[Array, "c n 3"]:
+  """`project.shade_all`, of at least `BLOCK` splats."""
+  del backend
+  return project.shade_all(means, colors, viewmats, whole, degree)
+
+
+def _shade_forward(*args):
+  return shade(*args), args[:4]
+
+
+def _shade_backward(degree, backend, residuals, d_shown):
+  means, colors, viewmats, whole = residuals
+  (n, bands, _), like = colors.shape, lambda k: jax.ShapeDtypeStruct((n, k), jnp.float32)
+  whole, d_shown = lax.optimization_barrier((whole, d_shown))  # a byte each until now
+  body = functools.partial(_shade_body, degree=degree)
+  d_means, d_colors = BACKENDS[backend]().launch(
+      body, -(-n // BLOCK), (like(3), like(3 * bands)), ((BLOCK, 3 * bands),))(
+          means, colors.reshape(n, 3 * bands), whole.astype(jnp.int32), viewmats, d_shown)
+  _, to_cameras = jax.vjp(lambda x: project.shade_all(means, colors, x, whole, degree), viewmats)
+  return d_means, d_colors.reshape(n, bands, 3), *to_cameras(d_shown), None
+
+
+shade.defvjp(_shade_forward, _shade_backward)
+
+
+def _shade_body(on, block, means, colors, whole, viewmats, d_shown, d_means, d_colors, stage, *,
+                degree):
+  here, kept = _block(on, block, whole)
+  width = stage.shape[1]
+  # Through shared memory, or each thread would reach for memory of its own.
+  stage[...] = on.load(colors.at[here], on.lines(width, BLOCK))
+  on.barrier()
+  used = 3 * (degree + 1)**2
+  learnt = [[jnp.where(kept, on.load(ref.at[:, i], on.pixels), 0.0) for i in range(k)]
+            for ref, k in ((means.at[here], 3), (stage, used))]
+  total = []
+  for camera in range(viewmats.shape[0]):
+    viewmat = _matrix(viewmats, camera, 4)
+
+    def look(means, colors, viewmat=viewmat):
+      basis = project.shading(means, viewmat, degree)
+      return [jnp.maximum(sum(b * colors[3 * i + c] for i, b in enumerate(basis)) + 0.5, 0.0)
+              for c in range(3)]
+
+    def slopes(learnt, d_shown, look=look):
+      _, vjp = jax.vjp(look, *learnt)
+      return jax.tree.leaves(vjp(d_shown))
+
+    numbers = _with_plain_sums(slopes)(
+        learnt, [on.load(d_shown.at[camera, here, i], on.pixels) for i in range(3)])
+    total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers
+  for i, slope in enumerate(total[:3]):
+    d_means[here, i] = jnp.where(kept, slope, 0.0)
+  for i in range(width):
+    stage[:, i] = jnp.where(kept, total[3 + i] if i < used else 0.0, 0.0)
+  on.barrier()
+  d_colors[here] = on.load(stage, on.lines(width, BLOCK))
+
+
+def _block(on, block, whole):
+  """The splats of a program (the last two overlap), and which of them are whole."""
+  here = pl.ds(jnp.minimum(block * BLOCK, len(whole) - BLOCK), BLOCK)
+  return here, on.load(whole.at[here], on.pixels) > 0
+
+
+def _matrix(ref, camera, columns):
+  """The first three rows of a camera's matrix, a number at a time."""
+  return {(i, j): ref[camera, i, j] for i in range(3) for j in range(columns)}
 
 
 def _with_plain_sums(function):

@@ -225,11 +225,12 @@ def test_tiles_of_several_strips_show_the_same(monkeypatch):
   assert_same_gradients(grads, expected)
 
 
-def test_coarse_tiles_are_for_large_images_of_few_splats():
+def test_tiles_are_taller_on_large_images():
   config = tuning.pick("gpu", "pallas")
   assert tuning.coarsen(config, 30_000, 1024**2).tile == (16, 32)
   assert tuning.coarsen(config, 30_000, 512**2) == config
-  assert tuning.coarsen(config, 1_000_000, 1024**2) == config
+  assert tuning.coarsen(config, 1_000_000, 1024**2).tile == (16, 16)
+  assert tuning.coarsen(config, 1_000_000, 1000**2) == config
 
 
 def test_extents_differ_by_what_official_cuts_off():
