@@ -300,7 +300,7 @@ def _choose(platform):
 
 
 def _trial(platform):
-  """Compiles the Pallas kernels, small; returns what went wrong or None."""
+  """Compiles the Pallas kernels, for few splats; returns what went wrong or None."""
   config, attached = tuning.pick(platform, "pallas"), (True, True, False)
   tiles = binning.Grid(*config.tile, 2, 2)
   composite = KERNELS[config.backend].composite
@@ -314,10 +314,22 @@ def _trial(platform):
                          shapes, values)
     return vjp(shown)
 
+  def look(means, quats, opacities, colors):
+    seen, shapes, values, _ = _see(
+        (means, quats, means, opacities, colors, jnp.zeros((len(means), 0))), jnp.eye(4)[None],
+        jnp.eye(3)[None], None, width=1, height=1, sh_degree=1, extent="exact",
+        backend=config.backend)
+    return jnp.sum(shapes) + jnp.sum(values) + jnp.sum(seen.depth)
+
+  def everything(shapes, values, *splats):
+    return draw(shapes, values), jax.grad(look, range(len(splats)))(*splats)
+
   # Shapes by hand: where this comes up within `shard_map`, what `eval_shape` returned would lie
   # on a mesh without devices, for which nothing compiles.
-  return trial.problem(draw, *(jax.ShapeDtypeStruct((8, k), jnp.float32)
-                               for k in (moments.SHAPE, len(attached))))
+  n = project_pallas.BLOCK
+  return trial.problem(everything, *(
+      jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (
+          (8, moments.SHAPE), (8, len(attached)), (n, 3), (n, 4), (n,), (n, 4, 3))))
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "width", "height", "sh_degree", "extent"))
