@@ -6,7 +6,7 @@ Axes: c cameras, n splats, k spherical harmonics, f feature channels, h w pixels
 import functools
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,16 +212,15 @@ def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent, backe
   whole = (project.finite(means, project.LIMIT) & project.finite(scales, project.LIMIT)
            & project.finite(quats) & project.finite(opacities) & project.finite(colors)
            & project.finite(features))
-  cameras = viewmats, Ks, probe
-  settings = dict(width=width, height=height, extent=extent)
   if backend in pallas.BACKENDS and len(means) >= project_pallas.BLOCK:
-    seen, shapes = project_pallas.see(means, quats, scales, opacities, *cameras, whole, **settings,
-                                      backend=backend)
+    look: Any = functools.partial(project_pallas.see, backend=backend)
     shade = functools.partial(project_pallas.shade, backend=backend)
   else:
-    seen, shapes = _project(means, quats, scales, opacities, *cameras, whole, **settings)
+    look = _project
     # Keeping what the shading went through takes memory; shading anew going backward, little time.
     shade = jax.checkpoint(project.shade_all, static_argnums=4)
+  seen, shapes = look(means, quats, scales, opacities, viewmats, Ks, probe, whole, width=width,
+                      height=height, extent=extent)
   if sh_degree is None:
     shown, = project.mend(whole, colors)
     shown = jnp.broadcast_to(shown[None], (len(viewmats), *shown.shape))
@@ -241,12 +240,12 @@ def _project(means, quats, scales, opacities, viewmats, Ks, probe, whole, **sett
   def look(viewmat, K, probe):
     @jax.checkpoint
     def of(some):
-      whole, probe, *splats = some
-      seen = project.see(*splats, viewmat[None], K[None], None if probe is None else probe[None],
-                         whole, **settings)
+      means, quats, scales, opacities, probe, whole = some
+      seen = project.see(means, quats, scales, opacities, viewmat[None], K[None],
+                         None if probe is None else probe[None], whole, **settings)
       return jax.tree.map(lambda x: x[0], seen)
 
-    return _in_pieces(of, (whole, probe, means, quats, scales, opacities))
+    return _in_pieces(of, (means, quats, scales, opacities, probe, whole))
 
   return jax.vmap(look)(viewmats, Ks, probe)
 

@@ -38,8 +38,10 @@ STRIP = 16, 8  # px: a pixel for each thread of a warpgroup; a tile is some stri
 PIXELS = STRIP[0] * STRIP[1]
 AHEAD = 128  # pairs fetched at once going forward
 BACK = 64  # and backward: as many rows as the matrices of gradients have
-PITCH = PIXELS + 4  # of those rows in shared memory: neighbours lie in different banks
-REDUCTION = 512  # bytes of shared memory for sums over threads
+# Of those rows in shared memory: neighbours lie in different banks. With 8 more they would collide
+# less, but three programs would not find room on a processor, which tells more.
+PITCH = PIXELS + 4
+REDUCTION = 512  # bytes of shared memory for sums over threads, instead of Mosaic's 2048
 WRITE = 32  # rows of gradients written at once: a tile's pairs begin at a multiple of it
 MOST = 64  # channels that registers and shared memory hold
 LOG2_E = math.log2(math.e)

@@ -57,9 +57,10 @@ def test_projection(count, cameras, probed):
 def test_shading(count, cameras, degree):
   means, *_, colors, views, _, whole = splats(count, cameras)
   cotangent = jax.random.normal(jax.random.key(0), (cameras, count, 3))
-  got, expected = (
-      gradients(lambda *x: shade(*x, whole, degree), (means, colors, views), cotangent)
-      for shade in (lambda *x: project_pallas.shade(*x, "interpret"), project.shade_all))
+  got = gradients(lambda at, colors, views: project_pallas.shade(
+      at, colors, views, whole, degree, "interpret"), (means, colors, views), cotangent)
+  expected = gradients(lambda at, colors, views: project.shade_all(
+      at, colors, views, whole, degree), (means, colors, views), cotangent)
   chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
   assert got[1][:, :(degree + 1)**2].any() and not got[1][:, (degree + 1)**2:].any()
   assert not got[1][9].any() and not got[0][3].any()
