@@ -181,7 +181,7 @@ def _shade_body(on, block, means, colors, whole, viewmats, d_shown, d_means, d_c
 
 def _block(on, block, whole):
   """The splats of a program (the last two overlap), and which of them are whole."""
-  here = pl.ds(jnp.minimum(block * BLOCK, len(whole) - BLOCK), BLOCK)
+  here = pl.ds(jnp.minimum(block * BLOCK, whole.shape[0] - BLOCK), BLOCK)
   return here, on.load(whole.at[here], on.pixels) > 0
 
 

@@ -32,6 +32,14 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, gradient):
   assert text.count("mosaic_gpu") >= (4 if gradient else 1)
 
 
+def test_a_batch_under_vmap_lowers_for_cuda(monkeypatch):
+  monkeypatch.setitem(tuning.TUNED, ("cpu", "pallas"), tuning.pick("gpu", "pallas"))
+  loss, args = picture(scene(CASES["sharp"]), "pallas")
+  batch = [jnp.stack([x, x]) for x in args]
+  run = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))
+  assert "mosaic_gpu" in run.trace(*batch).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("platform", ("cuda", "tpu"))
 def test_plain_xla_lowers_for_devices(platform):
   loss, args = picture(scene(CASES["sharp"]), "xla")
