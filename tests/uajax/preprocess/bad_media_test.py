@@ -89,7 +89,7 @@ def bad_files(root, frames, sound):
     ("huge trak", next(find(data, b"trak")), (2**32 - 1).to_bytes(4)),
     ("huge stsz", next(find(data, b"stsz")), (2**32 - 1).to_bytes(4)),
   ):  # fmt: skip
-    yield write(f"{name}.mp4", data[:at] + value + data[at + 4 :]), ""
+    yield write(f"{name}.mp4", data[:at] + value + data[at + 4 :]), f"{name}\\.mp4"
 
 
 def test_each_ends_in_one_line_within_seconds(faces, tmp_path):
