@@ -88,16 +88,16 @@ def _body(on, block, means, quats, scales, whole, viewmats, Ks, shapes, depth, o
 
   learnt = [[jnp.where(kept, x, 0.0) for x in columns(ref, k)]
             for ref, k in zip((means, quats, scales), LEARNT, strict=True)]
-
-  def add(camera, total):
+  total = []
+  for camera in range(viewmats.shape[0]):
     viewmat, K = _matrix(viewmats, camera, 4), _matrix(Ks, camera, 3)
 
-    def look(means, quats, scales):
+    def look(means, quats, scales, viewmat=viewmat, K=K):
       _, z, mean, covariance, det = project.ellipses(
           means, quats, scales, kept, viewmat, K, width, height)
       return mean, project.conics(*covariance, det), z
 
-    def slopes(learnt, shape, d_depth):
+    def slopes(learnt, shape, d_depth, look=look):
       (_, conic, _), vjp = jax.vjp(look, *learnt)
       d_mean, d_conic = moments.ellipse(shape, conic)
       return *d_mean, *jax.tree.leaves(vjp((d_mean, d_conic, d_depth)))
@@ -105,12 +105,9 @@ def _body(on, block, means, quats, scales, whole, viewmats, Ks, shapes, depth, o
     u, v, *numbers = _with_plain_sums(slopes)(
         learnt, columns(shapes.at[camera], moments.SHAPE),
         on.load(depth.at[camera, here], on.pixels))
+    total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers
     for i, slope in enumerate((u, v) if probed else ()):
       out[here, sum(LEARNT) + 2 * camera + i] = slope
-    return [a + b for a, b in zip(total, numbers, strict=True)]
-
-  zero = jnp.where(kept, 0.0, 0.0)
-  total = lax.fori_loop(0, viewmats.shape[0], add, [zero] * sum(LEARNT))
   for i, slope in enumerate(total):
     out[here, i] = jnp.where(kept, slope, 0.0)
 
@@ -158,29 +155,26 @@ def _shade_body(on, block, means, colors, whole, viewmats, d_shown, d_means, d_c
   used = 3 * (degree + 1)**2
   learnt = [[jnp.where(kept, on.load(ref.at[:, i], on.pixels), 0.0) for i in range(k)]
             for ref, k in ((means.at[here], 3), (stage, used))]
-
-  def add(camera, total):
+  total = []
+  for camera in range(viewmats.shape[0]):
     viewmat = _matrix(viewmats, camera, 4)
 
-    def look(means, colors):
+    def look(means, colors, viewmat=viewmat):
       basis = project.shading(means, viewmat, degree)
       return [jnp.maximum(sum(b * colors[3 * i + c] for i, b in enumerate(basis)) + 0.5, 0.0)
               for c in range(3)]
 
-    def slopes(learnt, d_shown):
+    def slopes(learnt, d_shown, look=look):
       _, vjp = jax.vjp(look, *learnt)
       return jax.tree.leaves(vjp(d_shown))
 
     numbers = _with_plain_sums(slopes)(
         learnt, [on.load(d_shown.at[camera, here, i], on.pixels) for i in range(3)])
-    return [a + b for a, b in zip(total, numbers, strict=True)]
-
-  zero = jnp.where(kept, 0.0, 0.0)
-  total = lax.fori_loop(0, viewmats.shape[0], add, [zero] * (3 + used))
+    total = [a + b for a, b in zip(total, numbers, strict=True)] if total else numbers
   for i, slope in enumerate(total[:3]):
     d_means[here, i] = jnp.where(kept, slope, 0.0)
   for i in range(width):
-    stage[:, i] = jnp.where(kept, total[3 + i], 0.0) if i < used else zero
+    stage[:, i] = jnp.where(kept, total[3 + i] if i < used else 0.0, 0.0)
   on.barrier()
   d_colors[here] = on.load(stage, on.lines(width, BLOCK))
 
