@@ -232,7 +232,7 @@ def _see(splats, viewmats, Ks, probe, *, width, height, sh_degree, extent, backe
 
 
 def _project(means, quats, scales, opacities, viewmats, Ks, probe, whole, **settings):
-  """`project.see`, one camera after another and many splats in pieces.
+  """`project.see`, many splats in pieces.
 
   Keeping all that the projection went through takes a quarter of the memory of a large scene;
   projecting anew going backward, a tenth of the time.
@@ -241,9 +241,7 @@ def _project(means, quats, scales, opacities, viewmats, Ks, probe, whole, **sett
     @jax.checkpoint
     def of(some):
       means, quats, scales, opacities, probe, whole = some
-      seen = project.see(means, quats, scales, opacities, viewmat[None], K[None],
-                         None if probe is None else probe[None], whole, **settings)
-      return jax.tree.map(lambda x: x[0], seen)
+      return project.look(means, quats, scales, opacities, viewmat, K, probe, whole, **settings)
 
     return _in_pieces(of, (means, quats, scales, opacities, probe, whole))
 

@@ -94,17 +94,18 @@ def see(
     whole: Bool[Array, " n"],
     **settings,
 ) -> tuple[Projected, Float[Array, "c n 6"]]:
-  """`project` into all cameras (leaves [c n ...]), and the shapes to be composited.
+  """`look` of all cameras (leaves [c n ...])."""
+  def one(viewmat, K, probe):
+    return look(means, quats, scales, opacities, viewmat, K, probe, whole, **settings)
 
-  Splats that are not `whole` may hold anything.
-  """
+  return jax.vmap(one)(viewmats, Ks, probe)
+
+
+def look(means, quats, scales, opacities, viewmat, K, probe, whole, **settings):
+  """`project` of splats that may hold anything where not `whole`, and shapes to be composited."""
   means, quats, scales, opacities = mend(whole, means, quats, scales, opacities)
-
-  def look(viewmat, K, probe):
-    seen = project(means, quats, scales, opacities, viewmat, K, probe, whole=whole, **settings)
-    return seen, moments.shapes(seen.xy, seen.conic, seen.opacity)
-
-  return jax.vmap(look)(viewmats, Ks, probe)
+  seen = project(means, quats, scales, opacities, viewmat, K, probe, whole=whole, **settings)
+  return seen, moments.shapes(seen.xy, seen.conic, seen.opacity)
 
 
 def ellipses(means, quats, scales, whole, viewmat, K, width: int, height: int):
